@@ -1,0 +1,128 @@
+"""What one inverted residual mobile block is: its switches, its tensors, its shape rules.
+
+The lowest layer of the package: modules, operators and every backend speak of a block in these
+words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "gelu", "silu")
+NORMS = ("none", "batch", "layer")
+WINDOW_MODES = ("grid", "block", "both")
+OP_ORDERS = ("attn_conv", "conv_attn")
+
+
+def conv_padding(kernel_size: int, stride: int) -> int:
+    """Zero padding of the published convolutions: ceil((k - s) / 2), dilation not considered."""
+    return -((stride - kernel_size) // 2)
+
+
+class IRMBSpec(NamedTuple):
+    """Switches of one block that are not tensors. Hashable; a constant to ``torch.compile``.
+
+    Attributes:
+        norm: normalisation in front: ``none``, ``batch`` (running statistics) or ``layer``.
+        norm_eps: epsilon of that normalisation.
+        act: activation after the expanding 1x1 convolution, and inside squeeze-excite.
+        head_dim: channels of one attention head; 0 means the block has no attention.
+        window_size: side of an attention window in pixels; <= 0 means the whole map.
+        window_mode: ``grid`` (strided, as published), ``block`` (contiguous) or ``both`` (summed).
+        attn_pre: attention on the unexpanded map (True) or over the expanded V (False).
+        v_groups: groups of the expanding convolution (1, or the number of heads).
+        stride, padding, dilation: of the depthwise convolution.
+        bn_eps: epsilon of the batch norm behind the depthwise convolution.
+        skip: the two skips: expanded map around the depthwise convolution, input around the block.
+        op_order: ``attn_conv`` as published, or ``conv_attn``, the swapped ablation.
+    """
+
+    norm: str = "none"
+    norm_eps: float = 1e-6
+    act: str = "none"
+    head_dim: int = 0
+    window_size: int = 7
+    window_mode: str = "grid"
+    attn_pre: bool = False
+    v_groups: int = 1
+    stride: int = 1
+    padding: int = 1
+    dilation: int = 1
+    bn_eps: float = 1e-6
+    skip: bool = True
+    op_order: str = "attn_conv"
+
+    def encode(self) -> str:
+        """One line that :meth:`decode` reads back: the form in which a spec travels in a torch op."""
+        return _encode(self)
+
+    @staticmethod
+    def decode(text: str) -> IRMBSpec:
+        """The spec that :meth:`encode` wrote."""
+        return _decode(text)
+
+
+@lru_cache(maxsize=4096)
+def _encode(spec: IRMBSpec) -> str:
+    return " ".join(f"{name}={value}" for name, value in spec._asdict().items())
+
+
+@lru_cache(maxsize=4096)
+def _decode(text: str) -> IRMBSpec:
+    defaults = IRMBSpec()._asdict()
+    pairs = dict(item.split("=", 1) for item in text.split(" "))
+    if pairs.keys() != defaults.keys():
+        raise ValueError(f"irmb: spec must name {sorted(defaults)}, got {sorted(pairs)}")
+    fields = {
+        name: pairs[name] == "True" if isinstance(value, bool) else type(value)(pairs[name])
+        for name, value in defaults.items()
+    }
+    return IRMBSpec(**fields)
+
+
+class IRMBWeights(NamedTuple):
+    """Tensors of one block, in their state-dict shapes; ``None`` where the block has none.
+
+    C input channels, M expanded channels, O output channels, K depthwise kernel size,
+    R squeeze-excite width, G groups of the expanding convolution.
+    """
+
+    norm_weight: Tensor | None = None  # (C,)
+    norm_bias: Tensor | None = None  # (C,)
+    norm_mean: Tensor | None = None  # (C,)  batch norm only
+    norm_var: Tensor | None = None  # (C,)  batch norm only
+    qk_weight: Tensor | None = None  # (2C, C, 1, 1)  None with attention: Q = K = normed x
+    qk_bias: Tensor | None = None  # (2C,)
+    v_weight: Tensor | None = None  # (M, C / G, 1, 1)  None: no expansion, M = C
+    v_bias: Tensor | None = None  # (M,)
+    dw_weight: Tensor | None = None  # (M, 1, K, K)  None: no depthwise convolution (ablation)
+    bn_weight: Tensor | None = None  # (M,)
+    bn_bias: Tensor | None = None  # (M,)
+    bn_mean: Tensor | None = None  # (M,)
+    bn_var: Tensor | None = None  # (M,)
+    se_reduce_weight: Tensor | None = None  # (R, M, 1, 1)
+    se_reduce_bias: Tensor | None = None  # (R,)
+    se_expand_weight: Tensor | None = None  # (M, R, 1, 1)
+    se_expand_bias: Tensor | None = None  # (M,)
+    proj_weight: Tensor | None = None  # (O, M, 1, 1)
+    gamma: Tensor | None = None  # (O,)  LayerScale
+
+    def present(self) -> Iterator[tuple[str, Tensor]]:
+        """The (name, tensor) pairs that are not ``None``."""
+        return ((n, t) for n, t in zip(self._fields, self, strict=True) if t is not None)
+
+
+def batch_norm_affine(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Batch norm with known statistics as ``scale * x + shift``, both (C,)."""
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
