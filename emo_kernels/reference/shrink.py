@@ -1,0 +1,51 @@
+"""Second half of the block: batch norm, SiLU, both skips and the projection."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from emo_kernels.reference.expand import normalize
+
+
+def shrink(
+    y: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    local: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+) -> Tensor:
+    """out = residual + drop_scale[n] W (local + gate[n, m] SiLU(scale[m] y + shift[m])).
+
+    Absent terms drop out; without ``scale`` and ``shift`` the SiLU remains.
+
+    Args:
+        y: (N, M, H, W), the depthwise convolution's output.
+        weight: (O, M, 1, 1).
+        scale, shift: (M,), the batch norm as an affine map.
+        local: (N, M, H, W), the expanded map that skips the depthwise convolution.
+        residual: (N, O, H, W), the block's input.
+        gate: (N, M), squeeze-excite.
+        drop_scale: (N,), drop path: 0 or 1 / keep for each sample.
+
+    Returns:
+        (N, O, H, W).
+
+    Example:
+        >>> import torch
+        >>> y = torch.full((1, 1, 1, 1), 20.0)
+        >>> shrink(y, torch.ones(1, 1, 1, 1), residual=y).item()
+        40.0
+    """
+    c = F.silu(normalize(y, scale, shift, norm="affine", eps=0.0))
+    if gate is not None:
+        c = gate[:, :, None, None] * c
+    if local is not None:
+        c = local + c
+    out = F.conv2d(c, weight)
+    if drop_scale is not None:
+        out = drop_scale[:, None, None, None] * out
+    return out if residual is None else residual + out
