@@ -24,6 +24,11 @@ def conv_padding(kernel_size: int, stride: int) -> int:
     return -((stride - kernel_size) // 2)
 
 
+def conv_output_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
+    """Pixels along one side after a convolution."""
+    return (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
+
+
 class IRMBSpec(NamedTuple):
     """Switches of one block that are not tensors. Hashable; a constant to ``torch.compile``.
 

@@ -1,0 +1,184 @@
+"""The table of backends: which exist, why one is not usable here, which one runs a call.
+
+A backend is a namespace (``emo_kernels.reference``, ``.cpu``, ``.triton``, ``.cuda``) whose functions
+carry the operators' names. ``<operator>`` runs it, ``<operator>_unsupported`` (same arguments) says
+why a call is outside its limits, ``<operator>_backward`` is its gradient kernel; what a namespace
+lacks, it does not support. A backend is chosen once, at the top of a call, and travels down as a
+string; one asked for by name is obeyed or raises, only ``None`` may choose.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT_VARIABLE = "EMO_KERNELS_BACKEND"
+
+
+def _compiled_module_missing() -> str | None:
+    try:
+        importlib.import_module("emo_kernels._C")
+    except ImportError as error:
+        return (
+            f"the compiled module emo_kernels._C does not import ({error}); reinstall emo_kernels"
+        )
+    return None
+
+
+def _no_cuda_device() -> str | None:
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return _no_cuda_device()
+
+
+def _no_cuda_kernels() -> str | None:
+    return _compiled_module_missing() or _no_cuda_device()
+
+
+class _Backend(NamedTuple):
+    """One row: the devices whose tensors it takes, and what it needs on this machine."""
+
+    devices: tuple[str, ...]  # empty: any
+    unmet_need: Callable[[], str | None]
+
+
+# In order of preference: the first that supports a call runs it.
+_TABLE: dict[str, _Backend] = {
+    "cuda": _Backend(("cuda",), _no_cuda_kernels),
+    "triton": _Backend(("cuda",), _no_triton),
+    "cpu": _Backend(("cpu",), _compiled_module_missing),
+    "reference": _Backend((), lambda: None),
+}
+NAMES = tuple(_TABLE)
+
+_used: str | None = None  # set by use_backend, for the whole process
+
+
+@cache
+def unavailable(name: str) -> str | None:
+    """Why backend ``name`` cannot run anything here, or ``None`` if it can. Starts no CUDA context."""
+    if importlib.util.find_spec(f"emo_kernels.{name}") is None:
+        return f"this version of emo_kernels has no {name} kernels"
+    return _TABLE[name].unmet_need()
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name: ``None`` if it is usable here, else the reason why not.
+
+    Example:
+        >>> available_backends()["reference"] is None
+        True
+    """
+    return {name: unavailable(name) for name in NAMES}
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """The namespace of an available backend."""
+    return importlib.import_module(f"emo_kernels.{name}")
+
+
+@cache
+def function(name: str, operator: str) -> Callable[..., Any] | None:
+    """``operator`` in the namespace of backend ``name``, or ``None`` where it has none."""
+    return getattr(load(name), operator, None)
+
+
+def check_name(name: str, source: str = "backend") -> str:
+    """``name``, if it is a backend's; else a ValueError that names the close matches."""
+    if name not in _TABLE:
+        near = difflib.get_close_matches(str(name), NAMES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}{hint}")
+    return name
+
+
+def check_usable(name: str, source: str = "backend") -> str:
+    """``name``, if that backend works on this machine; else ValueError or NotImplementedError."""
+    reason = unavailable(check_name(name, source))
+    if reason is not None:
+        raise NotImplementedError(f"{source} {name!r} is not usable here: {reason}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator inside the ``with`` block on backend ``name``, or raise.
+
+    Process-wide, as the environment variable ``EMO_KERNELS_BACKEND``, which it overrides; a
+    ``backend=`` argument overrides both.
+
+    Raises:
+        ValueError: no backend has that name.
+        NotImplementedError: the backend is not usable here; the message says why.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     pass
+    """
+    global _used
+    previous, _used = _used, check_usable(name, "use_backend:")
+    try:
+        yield
+    finally:
+        _used = previous
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend asked for: by argument, else by :func:`use_backend`, else by environment."""
+    return backend or _used or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+def why_not(name: str, operator: str, device: str, *args: Any, **options: Any) -> str | None:
+    """Why backend ``name`` cannot run this call of ``operator``, or ``None`` if it can."""
+    reason = unavailable(name)
+    if reason is not None:
+        return reason
+    devices = _TABLE[name].devices
+    if devices and device not in devices:
+        return f"runs on {' or '.join(devices)} tensors, got {device}"
+    if function(name, operator) is None:
+        return f"{name} has no {operator} kernel"
+    limits = function(name, f"{operator}_unsupported")
+    return None if limits is None else limits(*args, **options)
+
+
+def resolve(operator: str, backend: str | None, x: Tensor, *args: Any, **options: Any) -> str:
+    """The backend that runs this call of ``operator``: the one asked for, else the best that can.
+
+    Raises:
+        ValueError: no backend has the name asked for.
+        NotImplementedError: the backend asked for cannot run this call; every reason is given.
+    """
+    device = x.device.type
+    name = requested(backend)
+    if name is None:
+        for candidate in NAMES:
+            if why_not(candidate, operator, device, x, *args, **options) is None:
+                return candidate
+        raise AssertionError("the reference runs everything")
+    source = "backend" if backend else "use_backend" if _used else ENVIRONMENT_VARIABLE
+    reason = why_not(
+        check_name(name, f"{operator}: {source}"), operator, device, x, *args, **options
+    )
+    if reason is not None:
+        others = [n for n in NAMES if why_not(n, operator, device, x, *args, **options) is None]
+        raise NotImplementedError(
+            f"{operator}: {source} {name!r} cannot run this call: {reason}; "
+            f"backends that can: {', '.join(others)}, or backend=None to choose"
+        )
+    return name

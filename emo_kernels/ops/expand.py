@@ -1,0 +1,85 @@
+"""Expand: normalise, widen every pixel from C to M channels, activate."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from emo_kernels.ops import checks
+from emo_kernels.ops.registration import Operator
+from emo_kernels.spec import ACTIVATIONS
+
+
+def _output_shape(x: Tensor, weight: Tensor, *_: Tensor | None, **__: object) -> tuple[int, ...]:
+    n, _c, h, w = x.shape
+    return (n, weight.shape[0], h, w)
+
+
+_operator = Operator(
+    "expand",
+    tensors="Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias",
+    options="str norm, float eps, str act, int groups",
+    shape=_output_shape,
+)
+
+
+def check_pointwise(operator: str, x: Tensor, name: str, weight: Tensor, groups: int) -> None:
+    """``weight`` is a 1x1 convolution (M, C / groups, 1, 1) of x's channels."""
+    checks.check_integer(operator, "groups", groups, 1)
+    c = x.shape[1]
+    if c % groups:
+        raise ValueError(f"{operator}: groups must divide C = {c}, got {groups}")
+    if weight.dim() != 4 or weight.shape[1:] != (c // groups, 1, 1) or weight.shape[0] % groups:
+        raise ValueError(
+            f"{operator}: {name} must be (M, C / groups, 1, 1) with C = {c}, groups = {groups} "
+            f"and groups dividing M, got {tuple(weight.shape)}"
+        )
+    checks.check_like(operator, x, name, weight)
+
+
+def expand(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    norm: str = "none",
+    eps: float = 1e-6,
+    act: str = "none",
+    groups: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Expand every pixel (steps 2 and 3a of the block): act(W . norm(x) + b).
+
+    Args:
+        x: (N, C, H, W), floating point, any strides; channels_last is the fast layout.
+        weight: (M, C / groups, 1, 1).
+        bias: (M,).
+        norm_weight, norm_bias: (C,) each, of the norm.
+        norm: ``none``; ``affine``: norm_weight[c] * x + norm_bias[c], a batch norm given as its
+            affine; ``layer``: layer norm over the channels of each pixel.
+        eps: of the layer norm.
+        act: ``none``, ``relu``, ``gelu`` (exact, by erf) or ``silu``.
+        groups: of the 1x1 convolution.
+        backend: who runs it; ``None`` chooses the best that can.
+
+    Returns:
+        (N, M, H, W).
+
+    Raises:
+        ValueError: an argument is wrong.
+        NotImplementedError: the backend asked for cannot run this call.
+
+    Example:
+        >>> import torch
+        >>> expand(torch.ones(1, 2, 1, 1), torch.ones(3, 2, 1, 1), act="relu").flatten()
+        tensor([2., 2., 2.])
+    """
+    checks.check_map("expand", x)
+    check_pointwise("expand", x, "weight", weight, groups)
+    checks.check_tensor("expand", x, "bias", bias, weight.shape[:1], "(M,)")
+    checks.check_norm("expand", x, norm, norm_weight, norm_bias, eps)
+    checks.check_choice("expand", "act", act, ACTIVATIONS)
+    tensors = (x, weight, bias, norm_weight, norm_bias)
+    options = {"norm": norm, "eps": eps, "act": act, "groups": groups}
+    return _operator(tensors, options, backend)
