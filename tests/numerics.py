@@ -1,0 +1,246 @@
+"""Hold an operator against its oracle: the driver that applies the tolerance rule to a call.
+
+Everything a test of a kernel needs is importable from here; the rule itself is ``tolerance.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memory import poisoned_memory, with_layout
+from tolerance import (
+    UNIT_ROUNDOFF,
+    Comparison,
+    MeaninglessToleranceError,
+    Tensors,
+    assert_bitwise_equal,
+    assert_equal,
+    assert_kernel_close,
+    assert_structural_zero,
+    round_all,
+    round_to,
+)
+
+__all__ = [
+    "DENSE",
+    "UNIT_ROUNDOFF",
+    "Case",
+    "Comparison",
+    "Layouts",
+    "MeaninglessToleranceError",
+    "assert_bitwise_equal",
+    "assert_equal",
+    "assert_kernel_close",
+    "assert_structural_zero",
+    "check_operator",
+    "grad_output_like",
+    "round_all",
+    "round_to",
+    "run",
+]
+
+Function = Callable[..., Tensor]
+
+
+@dataclass
+class Case:
+    """One call of an operator: fp64 values of its tensors, its options, what is zero by structure.
+
+    Attributes:
+        tensors: keyword arguments that are tensors, in fp64, unrounded; ``None`` where absent.
+        options: the other keyword arguments.
+        dead: names of tensors whose gradient vanishes by structure (attention over one token).
+        constant: names of tensors that are no leaves (statistics): no gradient is asked for.
+    """
+
+    tensors: dict[str, Tensor | None]
+    options: dict[str, Any] = field(default_factory=dict)
+    dead: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
+
+    def differentiable(self) -> list[str]:
+        """Names of the tensors whose gradients are compared."""
+        return [n for n, t in self.tensors.items() if t is not None and n not in self.constant]
+
+
+def grad_output_like(out: Tensor, *, seed: int = 7) -> Tensor:
+    """A fixed, non-trivial fp64 gradient of an output: no symmetry, no zero mean."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    return noise + 0.25 * torch.rand(out.shape, generator=generator, dtype=torch.float64)
+
+
+def run(
+    function: Function,
+    tensors: Tensors,
+    options: Mapping[str, Any],
+    wanted: Iterable[str] = (),
+    grad_output: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Call an operator; return its output as ``out`` beside the gradients named in ``wanted``."""
+    wanted = list(wanted)
+    leaves = {
+        name: tensor.detach().requires_grad_(name in wanted) if tensor is not None else None
+        for name, tensor in tensors.items()
+    }
+    out = function(**leaves, **options)
+    if not wanted:
+        return {"out": out.detach()}
+    assert grad_output is not None
+    grads = torch.autograd.grad(
+        out, [leaves[name] for name in wanted], grad_output, allow_unused=True
+    )
+    missing = [name for name, grad in zip(wanted, grads, strict=True) if grad is None]
+    assert not missing, f"no gradient reached {missing}"
+    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+class Layouts(NamedTuple):
+    """Strides and storage of the kernel's inputs, as names of ``memory.LAYOUTS``."""
+
+    maps: str = "contiguous"  # x, y, local, residual
+    weights: str = "contiguous"
+    grad: str = "contiguous"  # of the incoming gradient
+
+
+MAPS = ("x", "y", "local", "residual")
+DENSE = Layouts()
+
+
+def check_operator(
+    function: Function,
+    reference: Function,
+    case: Case | Tensors,
+    dtype: torch.dtype,
+    *,
+    oracle: Function | None = None,
+    gradients: bool = True,
+    device: str = "cpu",
+    layouts: Layouts = DENSE,
+    exact: bool = False,
+    poison: str | None = "nan",
+    name: str = "operator",
+) -> list[Comparison]:
+    """Hold one call of ``function`` against the oracle, forward and (if asked) backward.
+
+    Args:
+        function: the operator under test, called with the case's tensors and options by keyword.
+        reference: the plain composition: the yardstick, and the oracle if none is given.
+        case: the fp64 values; they are rounded to ``dtype`` before anything is computed.
+        dtype: of all tensors in the kernel's and the eager call.
+        oracle: an independent fp64 statement of the operator.
+        gradients: also compare the gradient of every differentiable tensor.
+        device: where the kernel runs.
+        layouts: strides and storage of what the kernel is given.
+        exact: integer-valued data: equality instead of the rule.
+        poison: what uninitialised memory holds during the kernel's call.
+        name: begins every message.
+    """
+    case = case if isinstance(case, Case) else Case(dict(case))
+    wanted = case.differentiable() if gradients else []
+    rounded = round_all(case.tensors, dtype)
+    grad_output = _rounded_grad_output(oracle or reference, rounded, case, dtype, exact)
+    grad_output = with_layout(grad_output.to(device), layouts.grad)
+    plain_grad = grad_output.detach().cpu().contiguous()
+
+    def plain(which: Function, compute: torch.dtype) -> dict[str, Tensor]:
+        inputs = round_all(rounded, compute)
+        return run(which, inputs, case.options, wanted, plain_grad.to(compute))
+
+    want = plain(oracle or reference, torch.float64)
+    eager = {} if exact or dtype == torch.float64 else plain(reference, dtype)
+    fp32: dict[str, Tensor] = {}
+
+    def fallback(key: str) -> Tensor:
+        fp32.update(fp32 or plain(reference, torch.float32))
+        return fp32[key]
+
+    inputs = _laid_out(rounded, layouts, device)
+    before = {n: t.clone() for n, t in inputs.items() if t is not None}
+    with poisoned_memory(poison):
+        got = run(function, inputs, case.options, wanted, grad_output)
+    _assert_inputs_untouched(inputs, before, got["out"], name)
+
+    if exact:
+        for key, actual in got.items():
+            assert_equal(actual, want[key], name=f"{name}: {key}")
+        return []
+    return [
+        _compare(key, actual, want, eager, case, partial(fallback, key), name)
+        for key, actual in got.items()
+    ]
+
+
+def _compare(
+    key: str,
+    actual: Tensor,
+    want: Mapping[str, Tensor],
+    eager: Mapping[str, Tensor],
+    case: Case,
+    fallback: Callable[[], Tensor],
+    name: str,
+) -> Comparison:
+    """The rule for one tensor of :func:`check_operator`, minding what is zero by structure."""
+    label, dtype = f"{name}: {key}", actual.dtype
+    expected, yardstick = want[key], eager.get(key)
+    if key in case.dead:
+        scale = max(float(t.norm()) for t in want.values())
+        assert_structural_zero(actual, scale, dtype, name=label)
+        return Comparison(label, 0.0, 0.0, 0.0, 0.0)
+    if key != "qk_bias":
+        return assert_kernel_close(
+            actual,
+            expected,
+            yardstick,
+            dtype,
+            name=label,
+            gradient=key != "out",
+            fallback=fallback,
+        )
+    # The K half of this bias shifts every logit of a row alike: its gradient is zero.
+    live, zero = actual.chunk(2)
+    assert_structural_zero(zero, live, dtype, name=f"{label} (K half)")
+    return assert_kernel_close(
+        live,
+        expected.chunk(2)[0],
+        None if yardstick is None else yardstick.chunk(2)[0],
+        dtype,
+        name=f"{label} (Q half)",
+        gradient=True,
+        fallback=lambda: fallback().chunk(2)[0],
+    )
+
+
+def _rounded_grad_output(
+    truth: Function, rounded: Tensors, case: Case, dtype: torch.dtype, exact: bool
+) -> Tensor:
+    with torch.no_grad():
+        out = truth(**round_all(rounded, torch.float64), **case.options)
+    grad = grad_output_like(out)
+    return (grad.round().clamp(-2, 2) if exact else grad).to(dtype)
+
+
+def _laid_out(rounded: Tensors, layouts: Layouts, device: str) -> dict[str, Tensor | None]:
+    return {
+        name: None
+        if tensor is None
+        else with_layout(tensor.to(device), layouts.maps if name in MAPS else layouts.weights)
+        for name, tensor in rounded.items()
+    }
+
+
+def _assert_inputs_untouched(
+    inputs: Tensors, before: Mapping[str, Tensor], out: Tensor, name: str
+) -> None:
+    for key, tensor in inputs.items():
+        if tensor is None:
+            continue
+        assert_bitwise_equal(tensor, before[key], name=f"{name}: input {key} was changed")
+        same = out.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        assert not same or out.numel() == 0, f"{name}: the output shares memory with {key}"
