@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from emo_kernels.spec import constant_under_compile
+
 ENVIRONMENT_VARIABLE = "EMO_KERNELS_BACKEND"
 
 
@@ -65,12 +67,18 @@ _TABLE: dict[str, _Backend] = {
 }
 NAMES = tuple(_TABLE)
 
+_namespaces: dict[str, ModuleType] = {}  # filled at first use
 _used: str | None = None  # set by use_backend, for the whole process
 
 
-@cache
+@constant_under_compile
 def unavailable(name: str) -> str | None:
     """Why backend ``name`` cannot run anything here, or ``None`` if it can. Starts no CUDA context."""
+    return _unavailable(name)
+
+
+@cache
+def _unavailable(name: str) -> str | None:
     if importlib.util.find_spec(f"emo_kernels.{name}") is None:
         return f"this version of emo_kernels has no {name} kernels"
     return _TABLE[name].unmet_need()
@@ -86,16 +94,20 @@ def available_backends() -> dict[str, str | None]:
     return {name: unavailable(name) for name in NAMES}
 
 
-@cache
-def load(name: str) -> ModuleType:
-    """The namespace of an available backend."""
-    return importlib.import_module(f"emo_kernels.{name}")
+@constant_under_compile
+def has(name: str, operator: str) -> bool:
+    """Whether the namespace of backend ``name`` has ``operator``. Loads the namespace."""
+    if name not in _namespaces:
+        _namespaces[name] = importlib.import_module(f"emo_kernels.{name}")
+    return hasattr(_namespaces[name], operator)
 
 
-@cache
-def function(name: str, operator: str) -> Callable[..., Any] | None:
-    """``operator`` in the namespace of backend ``name``, or ``None`` where it has none."""
-    return getattr(load(name), operator, None)
+def function(name: str, operator: str) -> Callable[..., Any]:
+    """``operator`` of backend ``name``; both exist and work here, or the reason is raised."""
+    if unavailable(check_name(name)) is not None or not has(name, operator):
+        reason = unavailable(name) or f"{name} has no {operator} kernel"
+        raise NotImplementedError(f"{operator}: backend {name!r} cannot run it: {reason}")
+    return getattr(_namespaces[name], operator)
 
 
 def check_name(name: str, source: str = "backend") -> str:
@@ -151,10 +163,11 @@ def why_not(name: str, operator: str, device: str, *args: Any, **options: Any) -
     devices = _TABLE[name].devices
     if devices and device not in devices:
         return f"runs on {' or '.join(devices)} tensors, got {device}"
-    if function(name, operator) is None:
+    if not has(name, operator):
         return f"{name} has no {operator} kernel"
-    limits = function(name, f"{operator}_unsupported")
-    return None if limits is None else limits(*args, **options)
+    if not has(name, f"{operator}_unsupported"):
+        return None
+    return function(name, f"{operator}_unsupported")(*args, **options)
 
 
 def resolve(operator: str, backend: str | None, x: Tensor, *args: Any, **options: Any) -> str:

@@ -18,8 +18,12 @@ from emo_kernels.spec import (
 )
 
 
+def _flatten(bound: Bound) -> tuple[Tensors, Options]:
+    x, weights, spec = bound[0]
+    return (x, *weights), {"spec": spec.encode()}
+
+
 def _bind(tensors: Tensors, options: Options) -> Bound:
-    """Backends take the block's tensors and switches as the two tuples of ``emo_kernels.spec``."""
     return (tensors[0], IRMBWeights(*tensors[1:]), IRMBSpec.decode(options["spec"])), {}
 
 
@@ -38,6 +42,7 @@ _operator = Operator(
     tensors="Tensor x, Tensor?[] weights",
     options="str spec",
     shape=_output_shape,
+    flatten=_flatten,
     bind=_bind,
 )
 
@@ -135,4 +140,4 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec, *, backend: str | None
     """
     checks.check_map("irmb", x)
     _check_block(x, weights, spec)
-    return _operator((x, *weights), {"spec": spec.encode()}, backend)
+    return _operator((x, weights, spec), {}, backend)

@@ -48,8 +48,9 @@ class Operator:
         tensors: schema of the tensor arguments, in order; a last one ``Tensor?[]`` takes the rest.
         options: schema of the remaining arguments, in order.
         shape: the output's (N, C, H, W), called as the backends are.
-        bind: (tensors, options) to the positional and keyword arguments of the backends' functions;
-            the default is ``f(*tensors, **options)``.
+        flatten: the positional and keyword arguments of the backends' functions to (tensors,
+            options) as the schema has them; ``None`` where they are the same.
+        bind: the inverse.
 
     Outputs are channels_last, whatever the inputs are and whoever runs it.
     """
@@ -61,10 +62,12 @@ class Operator:
         tensors: str,
         options: str,
         shape: Callable[..., tuple[int, ...]],
+        flatten: Callable[[Bound], tuple[Tensors, Options]] | None = None,
         bind: Callable[[Tensors, Options], Bound] = lambda tensors, options: (tensors, options),
     ) -> None:
         self.name = name
         self.shape = shape
+        self.flatten = flatten
         self.bind = bind
         self.slots = tensors.count(",") + 1
         self.listed = "[]" in tensors
@@ -76,16 +79,17 @@ class Operator:
         torch.library.register_fake(f"emo_kernels::{name}", self._fake, lib=_LIBRARY)
         self.op = getattr(torch.ops.emo_kernels, name).default
 
-    def __call__(self, tensors: Tensors, options: Options, backend: str | None) -> Tensor:
+    def __call__(self, positional: Sequence[Any], keyword: Options, backend: str | None) -> Tensor:
         """Choose the backend, or obey, and run it; the reference as standard operators."""
-        x = tensors[0]
-        assert x is not None
+        x = positional[0]
         if runs_standard_operators(x):
-            return self.run("reference", tensors, options)
-        positional, keyword = self.bind(tensors, options)
-        name = backends.resolve(self.name, backend, *positional, **keyword)
+            name = "reference"
+        else:
+            name = backends.resolve(self.name, backend, *positional, **keyword)
         if name == "reference":
-            return self.run(name, tensors, options)
+            return backends.function(name, self.name)(*positional, **keyword)
+        bound = (positional, keyword)
+        tensors, options = self.flatten(bound) if self.flatten else bound
         args = self._join(tensors, options.values(), name)
         if torch.compiler.is_compiling() or needs_gradient(tensors):
             return self.op(*args)
@@ -94,11 +98,8 @@ class Operator:
 
     def run(self, backend: str, tensors: Tensors, options: Options) -> Tensor:
         """Call one backend's function."""
-        function = backends.function(backends.check_usable(backend), self.name)
-        if function is None:
-            raise NotImplementedError(f"{self.name}: backend {backend!r} has no such kernel")
         positional, keyword = self.bind(tensors, options)
-        return function(*positional, **keyword)
+        return backends.function(backend, self.name)(*positional, **keyword)
 
     def _join(self, tensors: Tensors, options: Any, backend: str) -> tuple[Any, ...]:
         if self.listed:
@@ -156,11 +157,11 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         operator, tensors, needed = ctx.operator, ctx.saved_tensors, ctx.needs_input_grad[3:]
-        kernel = backends.function(ctx.backend, f"{operator.name}_backward")
-        if kernel is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not backends.has(ctx.backend, f"{operator.name}_backward"):
             grads = reference_gradients(operator, grad, tensors, needed, ctx.options)
         else:
             positional, keyword = operator.bind(tensors, ctx.options)
+            kernel = backends.function(ctx.backend, f"{operator.name}_backward")
             grads = kernel(grad, *positional, needed=needed, **keyword)
         return (None, None, None, *grads)
 
