@@ -1,0 +1,68 @@
+"""Where the time of a model goes: torch's profile of the plain and of the accelerated model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from emo_kernels.cli.info import one_line
+from emo_kernels.cli.options import (
+    add_model,
+    add_runtime,
+    add_size,
+    input_shape,
+    settings,
+    use_runtime,
+)
+from emo_kernels.cli.pairs import build_pair
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``profile``."""
+    add_model(parser)
+    add_size(parser)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=15, help="operators to list (default: 15)")
+    parser.add_argument("--rounds", type=int, default=5, help="forward passes (default: 5)")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="DIR",
+        help="also write plain.json and accelerated.json there, for chrome://tracing",
+    )
+    add_runtime(parser)
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> int:
+    """Print a table for each model."""
+    device = use_runtime(args)
+    x = torch.randn(input_shape(args.size, args.batch), device=device)
+    pair = build_pair(
+        args.model, {"in_chans": x.shape[1], **settings(args)}, x, backend=args.backend
+    )
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    print(one_line())
+    for variant, model in pair._asdict().items():
+        model(x)  # warm-up
+        with profile(activities=activities) as profiled:
+            for _ in range(args.rounds):
+                model(x)
+        averages = profiled.key_averages()
+        print(f"\n{args.model}, {variant}, {args.rounds} forward passes of {tuple(x.shape)}")
+        print(
+            averages.table(
+                sort_by=f"self_{device.type}_time_total",
+                row_limit=args.rows,
+                max_name_column_width=40,
+            )
+        )
+        if args.trace is not None:
+            args.trace.mkdir(parents=True, exist_ok=True)
+            profiled.export_chrome_trace(str(args.trace / f"{variant}.json"))
+    return 0
