@@ -1,0 +1,36 @@
+# The CPU kernels: every *_kernel.cpp is compiled once per instruction set, the rest once.
+
+set(EMO_ISA_FLAGS_portable "")
+set(EMO_ISAS portable)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  list(APPEND EMO_ISAS avx2 avx512)
+  set(EMO_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(EMO_ISA_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c
+      -mprefer-vector-width=512)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+  list(APPEND EMO_ISAS neon)
+  set(EMO_ISA_FLAGS_neon "")
+endif()
+
+set(EMO_WARNINGS -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas)
+add_library(emo_kernels_cpu STATIC csrc/cpu/irmb.cpp csrc/cpu/isa.cpp csrc/cpu/threads.cpp)
+target_include_directories(emo_kernels_cpu PUBLIC csrc)
+target_compile_options(emo_kernels_cpu PRIVATE -O3 ${EMO_WARNINGS})
+target_link_libraries(emo_kernels_cpu PRIVATE OpenMP::OpenMP_CXX)
+
+foreach(isa IN LISTS EMO_ISAS)
+  string(TOUPPER ${isa} ISA)
+  target_compile_definitions(emo_kernels_cpu PRIVATE EMO_HAS_${ISA})
+  add_library(emo_kernels_cpu_${isa} OBJECT csrc/cpu/irmb_kernel.cpp)
+  target_include_directories(emo_kernels_cpu_${isa} PRIVATE csrc)
+  target_compile_definitions(emo_kernels_cpu_${isa} PRIVATE EMO_ISA=${isa} EMO_ISA_${ISA})
+  target_compile_options(emo_kernels_cpu_${isa} PRIVATE
+    -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast ${EMO_WARNINGS}
+    ${EMO_ISA_FLAGS_${isa}})
+  # A weak symbol compiled with AVX-512 could be linked into the portable path: refuse to build one.
+  add_custom_command(TARGET emo_kernels_cpu PRE_LINK
+    COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DOBJECTS=$<TARGET_OBJECTS:emo_kernels_cpu_${isa}>
+            -P ${CMAKE_SOURCE_DIR}/csrc/cpu/check_symbols.cmake
+    VERBATIM)
+  target_sources(emo_kernels_cpu PRIVATE $<TARGET_OBJECTS:emo_kernels_cpu_${isa}>)
+endforeach()

@@ -1,0 +1,1 @@
+../python/_C.pyi
