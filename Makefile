@@ -1,0 +1,69 @@
+# make demo | test | test-all | lint | bench. Each sets up what it needs: a virtual environment in
+# $(VENV) with torch and the package built in it. `make PYTHON=python3 VENV= test` uses the current
+# interpreter instead and installs nothing but this package.
+PYTHON ?= python3
+VENV ?= .venv
+# 2.13.0 is the version this is measured with; any torch >= 2.10 works: make TORCH=torch test
+TORCH ?= torch==2.13.0
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+STAMPS := build/stamps
+else
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps
+endif
+
+SOURCES := $(shell find csrc python -type f) CMakeLists.txt pyproject.toml
+RUN := OMP_NUM_THREADS=$(shell nproc) $(PY) -m
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(shell nproc)
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(STAMPS)/package
+	$(RUN) emo_kernels demo
+
+test: $(STAMPS)/package
+	$(PYTEST) -m "not slow"
+
+test-all: $(STAMPS)/package $(STAMPS)/peers
+	$(PYTEST)
+
+lint: $(STAMPS)/package
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs $(dir $(PY))clang-format --dry-run --Werror
+
+bench: $(STAMPS)/package $(STAMPS)/peers
+	$(PY) bench/bench_irmb.py
+
+$(STAMPS)/dependencies: pyproject.toml
+ifneq ($(strip $(VENV)),)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet "cmake>=3.24" ninja
+endif
+	mkdir -p $(STAMPS) && touch $@
+
+# Editable: Python changes are live, C++ changes rebuild here.
+$(STAMPS)/package: $(STAMPS)/dependencies $(SOURCES)
+ifeq ($(strip $(VENV)),)
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps -Cbuild-dir=build/editable -e .
+else
+	$(PY) -m pip install --quiet "scikit-build-core>=0.11" "pybind11>=3.0"
+	PATH=$(abspath $(VENV)/bin):$$PATH $(PY) -m pip install --quiet --no-build-isolation \
+	  -Cbuild-dir=build/editable -e ".[dev]"
+endif
+	touch $@
+
+$(STAMPS)/peers: $(STAMPS)/package
+ifneq ($(strip $(VENV)),)
+	$(PY) -m pip install --quiet ".[bench]" --no-build-isolation
+endif
+	touch $@
+
+clean:
+	rm -rf build $(VENV)
