@@ -11,8 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
 from memory import poisoned_memory, with_layout
 from tolerance import (
     UNIT_ROUNDOFF,
@@ -26,6 +24,7 @@ from tolerance import (
     round_all,
     round_to,
 )
+from torch import Tensor
 
 __all__ = [
     "DENSE",

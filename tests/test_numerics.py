@@ -8,12 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import memory
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import memory
 from numerics import (
     UNIT_ROUNDOFF,
     Case,
@@ -24,6 +22,7 @@ from numerics import (
     assert_structural_zero,
     check_operator,
 )
+from torch import Tensor
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 ALL = [*LOW, torch.float64]

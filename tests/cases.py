@@ -1,0 +1,155 @@
+"""Calls of every operator for a row of ``shapes.TABLE``: tensors in fp64, options, dead gradients.
+
+``CASES[stem](row)`` is a :class:`numerics.Case`; ``function(stem, run)`` adapts an operator, which
+takes ``IRMBWeights`` in the one case of ``irmb``, to the keyword call that the driver makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import shapes
+import torch
+from numerics import Case
+from shapes import Row
+from torch import Tensor
+
+from emo_kernels.spec import IRMBSpec, IRMBWeights, batch_norm_affine
+
+STEMS = ("depthwise_conv2d", "expand", "window_attention", "shrink", "irmb")
+
+
+class MakeCase(Protocol):
+    """How a row becomes the call of one operator."""
+
+    def __call__(
+        self, row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0
+    ) -> Case: ...
+
+
+def _map(row: Row, salt: str, shape: tuple[int, ...], seed: int, data: str = "shifted") -> Tensor:
+    return shapes.random_map(shape, shapes.generator(row, salt, seed), data)
+
+
+def _vector(row: Row, salt: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.rand(shape, generator=shapes.generator(row, salt, seed), dtype=torch.float64)
+
+
+def depthwise_case(
+    row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0
+) -> Case:
+    """The row's depthwise convolution on a map of its M channels."""
+    x = _map(row, "u", (row.n, row.m, row.h, row.w), seed, data)
+    options = {"stride": row.stride, "padding": row.padding, "dilation": row.dilation}
+    return Case({"x": x, "weight": shapes.weights(row, seed=seed).dw_weight}, options)
+
+
+def _norm(row: Row, weights: IRMBWeights) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """The row's norm as the operators take it: batch norm as its affine."""
+    if row.norm == "batch":
+        assert weights.norm_mean is not None and weights.norm_var is not None
+        scale, shift = batch_norm_affine(
+            weights.norm_weight, weights.norm_bias, weights.norm_mean, weights.norm_var, 1e-6
+        )
+        return {"norm_weight": scale, "norm_bias": shift}, {"norm": "affine"}
+    tensors = {"norm_weight": weights.norm_weight, "norm_bias": weights.norm_bias}
+    return tensors, {"norm": row.norm, "eps": 1e-6}
+
+
+def expand_case(row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0) -> Case:
+    """The row's norm, expanding convolution and activation."""
+    w = shapes.weights(row, seed=seed)
+    tensors, options = _norm(row, w)
+    x = shapes.feature_map(row, data=data, seed=seed)
+    return Case(
+        {"x": x, "weight": w.v_weight, "bias": w.v_bias, **tensors},
+        {**options, "act": row.act, "groups": row.v_groups},
+    )
+
+
+def attention_case(
+    row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0
+) -> Case:
+    """The row's norm and attention, over the expanded V where the row expands first."""
+    w = shapes.weights(row, qk_scale=qk_scale, seed=seed)
+    tensors, options = _norm(row, w)
+    tensors |= {"qk_weight": w.qk_weight, "qk_bias": w.qk_bias}
+    options |= {
+        "head_dim": row.head_dim,
+        "window_size": row.window,
+        "window_mode": row.window_mode,
+    }
+    if not row.attn_pre:
+        tensors |= {"v_weight": w.v_weight, "v_bias": w.v_bias}
+        options |= {"v_act": row.act, "v_groups": row.v_groups}
+    dead = ("qk_weight", "qk_bias") if row.tokens == 1 else ()
+    return Case({"x": shapes.feature_map(row, data=data, seed=seed), **tensors}, options, dead=dead)
+
+
+def shrink_case(row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0) -> Case:
+    """The row's second half; skips, gate and stochastic depth where the row has them."""
+    w = shapes.weights(row, seed=seed)
+    n, m, size = row.n, row.m, row.output_size
+    tensors: dict[str, Tensor | None] = {
+        "y": _map(row, "y", (n, m, *size), seed, data),
+        "weight": w.proj_weight,
+    }
+    if w.bn_mean is not None and w.bn_var is not None:
+        affine = batch_norm_affine(w.bn_weight, w.bn_bias, w.bn_mean, w.bn_var, 1e-6)
+        tensors |= dict(zip(("scale", "shift"), affine, strict=True))
+    if row.skip:
+        tensors |= {
+            "local": _map(row, "local", (n, m, *size), seed),
+            "residual": _map(row, "residual", (n, row.o, *size), seed),
+            "drop_scale": 1.25 * (_vector(row, "drop", (n,), seed) > 0.2).double(),
+        }
+    if row.se:
+        tensors["gate"] = _vector(row, "gate", (n, m), seed)
+    return Case(tensors)
+
+
+def irmb_case(row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0) -> Case:
+    """The whole block."""
+    weights = shapes.weights(row, qk_scale=qk_scale, seed=seed)
+    return Case(
+        {"x": shapes.feature_map(row, data=data, seed=seed), **dict(weights.present())},
+        {"spec": row.spec()},
+        dead=("qk_weight", "qk_bias") if row.head_dim and row.tokens == 1 else (),
+        constant=("norm_mean", "norm_var", "bn_mean", "bn_var"),
+    )
+
+
+CASES: dict[str, MakeCase] = {
+    "depthwise_conv2d": depthwise_case,
+    "expand": expand_case,
+    "window_attention": attention_case,
+    "shrink": shrink_case,
+    "irmb": irmb_case,
+}
+
+
+def function(stem: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``run`` as a function of keyword tensors and options."""
+    if stem != "irmb":
+        return run
+
+    def block(x: Tensor, *, spec: IRMBSpec, **tensors: Any) -> Tensor:
+        extra = {name: tensors.pop(name) for name in ("backend",) if name in tensors}
+        return run(x, IRMBWeights(**tensors), spec, **extra)
+
+    return block
+
+
+def integers(case: Case, *, largest: int = 2, seed: int = 0) -> Case:
+    """The same call with small integers in every tensor."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        shape = tuple(t.shape)
+        return torch.randint(-largest, largest + 1, shape, generator=generator).double()
+
+    tensors = {name: draw(t) for name, t in case.tensors.items()}
+    return Case(tensors, dict(case.options), case.dead, case.constant)
