@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: differentiable, any dtype, any device, reading like the equations.
+"""The operators in plain PyTorch: differentiable, in any dtype, reading like the equations.
 
 Every other backend is tested against this one, and falls back to it for what it lacks.
 """

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 
 from emo_kernels.reference.depthwise_conv2d import depthwise_conv2d
 from emo_kernels.reference.expand import activate, expand, normalize
 from emo_kernels.reference.shrink import shrink
 from emo_kernels.reference.window_attention import (
+    Windows,
     attend,
     pad_to_windows,
     window_attention,
-    window_shape,
 )
 from emo_kernels.spec import IRMBSpec, IRMBWeights, batch_norm_affine
 
@@ -35,7 +35,8 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
     Example:
         >>> import torch
         >>> from emo_kernels.spec import IRMBSpec, IRMBWeights
-        >>> weights = IRMBWeights(dw_weight=torch.ones(4, 1, 3, 3), proj_weight=torch.ones(4, 4, 1, 1))
+        >>> dw, proj = torch.ones(4, 1, 3, 3), torch.ones(4, 4, 1, 1)
+        >>> weights = IRMBWeights(dw_weight=dw, proj_weight=proj)
         >>> irmb(torch.ones(1, 4, 6, 6), weights, IRMBSpec()).shape
         torch.Size([1, 4, 6, 6])
     """
@@ -105,10 +106,10 @@ def _attend_and_expand(h: Tensor, w: IRMBWeights, spec: IRMBSpec) -> Tensor:
 def _attend_over(h: Tensor, y: Tensor, w: IRMBWeights, spec: IRMBSpec) -> Tensor:
     """A y with A from h: attention behind the depthwise convolution (the swapped ablation)."""
     height, width = h.shape[-2:]
-    window = window_shape(height, width, spec.window_size)
-    h, y = pad_to_windows(h, window), pad_to_windows(y, window)
+    windows = Windows.of(h, spec.window_size)
+    h, y = pad_to_windows(h, windows), pad_to_windows(y, windows)
     q, k = (h, h) if w.qk_weight is None else F.conv2d(h, w.qk_weight, w.qk_bias).chunk(2, dim=1)
-    z = attend(q, k, y, head_dim=spec.head_dim, window=window, window_mode=spec.window_mode)
+    z = attend(q, k, y, head_dim=spec.head_dim, windows=windows, window_mode=spec.window_mode)
     return z[:, :, :height, :width]
 
 

@@ -12,16 +12,32 @@ There is no mask: padded pixels are keys like any other.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from emo_kernels.reference.expand import activate, normalize
 
 
-def window_shape(height: int, width: int, window_size: int) -> tuple[int, int]:
-    """Rows and columns of one window; a size <= 0 makes the whole map one window."""
-    return (height, width) if window_size <= 0 else (window_size, window_size)
+class Windows(NamedTuple):
+    """How a map falls into windows: n1 x n2 windows of wh x ww pixels."""
+
+    wh: int
+    ww: int
+    n1: int
+    n2: int
+
+    @staticmethod
+    def of(x: Tensor, window_size: int) -> Windows:
+        """The windows of an unpadded (N, C, H, W) map; a size <= 0 makes the whole map one."""
+        height, width = x.shape[-2:]
+        if window_size <= 0:
+            return Windows(height, width, 1, 1)
+        n1, n2 = (height + window_size - 1) // window_size, (width + window_size - 1) // window_size
+        return Windows(window_size, window_size, n1, n2)
 
 
 def window_modes(window_mode: str) -> tuple[str, ...]:
@@ -35,41 +51,53 @@ def window_modes(window_mode: str) -> tuple[str, ...]:
     )
 
 
-def pad_to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+def pad_to_windows(x: Tensor, windows: Windows) -> Tensor:
     """Zeros at the bottom and right: (N, C, H, W) to (N, C, n1 wh, n2 ww)."""
     height, width = x.shape[-2:]
-    wh, ww = window
-    rows, cols = (height + wh - 1) // wh * wh, (width + ww - 1) // ww * ww
+    wh, ww, n1, n2 = windows
     # Padding by zero pixels is not skipped: a branch here would tie an exported graph to maps
     # that windows divide.
-    return F.pad(x, (0, cols - width, 0, rows - height))
+    return F.pad(x, (0, n2 * ww - width, 0, n1 * wh - height))
 
 
-def partition(x: Tensor, heads: int, window: tuple[int, int], mode: str) -> Tensor:
-    """(N, heads D, n1 wh, n2 ww) to (N n1 n2, heads, wh ww, D).
+def partition(x: Tensor, heads: int, windows: Windows, mode: str) -> Tensor:
+    """(N, heads D, n1 wh, n2 ww) to (N n1 n2 heads, wh ww, D).
 
-    Channels are head-major; windows are ordered by image, i, j; tokens by a, b.
+    Channels are head-major; rows are ordered by image, i, j, head; tokens by a, b.
     """
-    n, c, height, width = x.shape
-    wh, ww = window
-    n1, n2, d = height // wh, width // ww, c // heads
+    n, c = x.shape[:2]
+    wh, ww, n1, n2 = windows
+    d = c // heads
+    pixels = x.permute(0, 2, 3, 1).contiguous()
     if mode == "grid":
-        windows = x.reshape(n, heads, d, wh, n1, ww, n2).permute(0, 4, 6, 1, 3, 5, 2)
+        split = _view(pixels, (n, wh, n1, ww, n2, heads, d), 4).permute(0, 2, 4, 5, 1, 3, 6)
     else:
-        windows = x.reshape(n, heads, d, n1, wh, n2, ww).permute(0, 3, 5, 1, 4, 6, 2)
-    return windows.reshape(n * n1 * n2, heads, wh * ww, d)
+        split = _view(pixels, (n, n1, wh, n2, ww, heads, d), 3).permute(0, 1, 3, 5, 2, 4, 6)
+    return _view(_copy(split), (n * n1 * n2 * heads, wh * ww, d), 1)
 
 
-def merge(tokens: Tensor, size: tuple[int, int, int], window: tuple[int, int], mode: str) -> Tensor:
-    """Undo :func:`partition`; ``size`` is (N, n1 wh, n2 ww). Strides are channels_last."""
-    n, height, width = size
-    _, heads, _, d = tokens.shape
-    wh, ww = window
-    n1, n2 = height // wh, width // ww
-    windows = tokens.reshape(n, n1, n2, heads, wh, ww, d)
+def merge(tokens: Tensor, n: int, heads: int, windows: Windows, mode: str) -> Tensor:
+    """Undo :func:`partition`: (N n1 n2 heads, wh ww, D) to (N, heads D, n1 wh, n2 ww)."""
+    wh, ww, n1, n2 = windows
+    d = tokens.shape[2]
+    split = _view(tokens, (n, n1, n2, heads, wh, ww, d), 1)
     order = (0, 4, 1, 5, 2, 3, 6) if mode == "grid" else (0, 1, 4, 2, 5, 3, 6)
-    pixels = windows.permute(order).reshape(n, height, width, heads * d)
+    pixels = _view(_copy(split.permute(order)), (n, n1 * wh, n2 * ww, heads * d), 1)
     return pixels.permute(0, 3, 1, 2)
+
+
+def _view(x: Tensor, shape: tuple[int, ...], split: int) -> Tensor:
+    """``x.view(shape)`` of a contiguous tensor by way of ``prod(shape[:split])`` rows.
+
+    A plain reshape of symbolic sizes asks which of them divide which, and so ties a compiled
+    graph to the answers; this way, with the right ``split``, it need not ask.
+    """
+    return x.view(-1).view(prod(shape[:split]), prod(shape[split:])).view(shape)
+
+
+def _copy(x: Tensor) -> Tensor:
+    """The tensor laid out anew in the order of its dimensions."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def attend(
@@ -78,29 +106,28 @@ def attend(
     v: Tensor,
     *,
     head_dim: int,
-    window: tuple[int, int],
+    windows: Windows,
     window_mode: str,
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v in every window of padded maps; ``both`` sums two results.
 
     Args:
-        q, k: (N, C, Hp, Wp) with Hp, Wp multiples of ``window``.
-        v: (N, M, Hp, Wp); its channels fall into C / head_dim equal groups, one for each head.
-        dropout: applied to the attention maps.
+        q, k: (N, C, n1 wh, n2 ww).
+        v: (N, M, n1 wh, n2 ww); channels fall into C / head_dim equal groups, one for each head.
+        dropout: applied to the attention maps, (N n1 n2 heads, wh ww, wh ww).
 
     Returns:
-        (N, M, Hp, Wp).
+        (N, M, n1 wh, n2 ww).
     """
-    heads = q.shape[1] // head_dim
-    size = (q.shape[0], q.shape[2], q.shape[3])
+    n, heads = q.shape[0], q.shape[1] // head_dim
     results = []
     for mode in window_modes(window_mode):
-        qw, kw, vw = (partition(t, heads, window, mode) for t in (q, k, v))
-        attention = ((qw @ kw.transpose(-2, -1)) * head_dim**-0.5).softmax(dim=-1)
+        qw, kw, vw = (partition(t, heads, windows, mode) for t in (q, k, v))
+        attention = ((qw @ kw.transpose(1, 2)) * head_dim**-0.5).softmax(dim=-1)
         if dropout is not None:
             attention = dropout(attention)
-        results.append(merge(attention @ vw, size, window, mode))
+        results.append(merge(attention @ vw, n, heads, windows, mode))
     return results[0] if len(results) == 1 else results[0] + results[1]
 
 
@@ -148,12 +175,12 @@ def window_attention(
         torch.Size([1, 8, 5, 6])
     """
     height, width = x.shape[-2:]
-    window = window_shape(height, width, window_size)
+    windows = Windows.of(x, window_size)
     h = normalize(x, norm_weight, norm_bias, norm=norm, eps=eps)
-    h = pad_to_windows(h, window)
+    h = pad_to_windows(h, windows)
     q, k = (h, h) if qk_weight is None else F.conv2d(h, qk_weight, qk_bias).chunk(2, dim=1)
     v = h
     if v_weight is not None:
         v = activate(F.conv2d(h, v_weight, v_bias, groups=v_groups), v_act)
-    z = attend(q, k, v, head_dim=head_dim, window=window, window_mode=window_mode)
+    z = attend(q, k, v, head_dim=head_dim, windows=windows, window_mode=window_mode)
     return z[:, :, :height, :width]
