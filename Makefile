@@ -34,7 +34,7 @@ lint: $(STAMPS)/package
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
-	  | xargs $(dir $(PY))clang-format --dry-run --Werror
+	  | xargs $(if $(strip $(VENV)),$(VENV)/bin/)clang-format --dry-run --Werror
 
 bench: $(STAMPS)/package $(STAMPS)/peers
 	$(PY) bench/bench_irmb.py

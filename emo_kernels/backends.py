@@ -1,10 +1,10 @@
 """The table of backends: which exist, why one is not usable here, which one runs a call.
 
-A backend is a namespace (``emo_kernels.reference``, ``.cpu``, ``.triton``, ``.cuda``) whose functions
-carry the operators' names. ``<operator>`` runs it, ``<operator>_unsupported`` (same arguments) says
-why a call is outside its limits, ``<operator>_backward`` is its gradient kernel; what a namespace
-lacks, it does not support. A backend is chosen once, at the top of a call, and travels down as a
-string; one asked for by name is obeyed or raises, only ``None`` may choose.
+A backend is a namespace (``emo_kernels.reference``, ``.cpu``, ``.triton``, ``.cuda``) whose
+functions carry the operators' names. ``<operator>`` runs it, ``<operator>_unsupported`` (same
+arguments) says why a call is outside its limits, ``<operator>_backward`` is its gradient kernel;
+what a namespace lacks, it does not support. A backend is chosen once, at the top of a call, and
+travels down as a string; one asked for by name is obeyed or raises, only ``None`` may choose.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _used: str | None = None  # set by use_backend, for the whole process
 
 @constant_under_compile
 def unavailable(name: str) -> str | None:
-    """Why backend ``name`` cannot run anything here, or ``None`` if it can. Starts no CUDA context."""
+    """Why backend ``name`` runs nothing here, or ``None`` if it works. Starts no CUDA context."""
     return _unavailable(name)
 
 

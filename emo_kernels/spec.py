@@ -72,7 +72,7 @@ class IRMBSpec(NamedTuple):
     op_order: str = "attn_conv"
 
     def encode(self) -> str:
-        """One line that :meth:`decode` reads back: the form in which a spec travels in a torch op."""
+        """One line that :meth:`decode` reads back: how a spec travels in a torch op."""
         return _encode(self)
 
     @staticmethod
@@ -97,7 +97,7 @@ def _decode(text: str) -> IRMBSpec:
     pairs = dict(item.split("=", 1) for item in text.split(" "))
     if pairs.keys() != defaults.keys():
         raise ValueError(f"irmb: spec must name {sorted(defaults)}, got {sorted(pairs)}")
-    fields = {
+    fields: dict[str, Any] = {
         name: pairs[name] == "True" if isinstance(value, bool) else type(value)(pairs[name])
         for name, value in defaults.items()
     }

@@ -1,0 +1,216 @@
+"""Swap the forward of every block in a model for the fused operators, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emo_kernels import backends, ops, reference
+from emo_kernels.ops.registration import needs_gradient
+from emo_kernels.spec import IRMBSpec, IRMBWeights
+from emo_kernels.structure import Reading, UnreadableError, has_global_hooks, looks_like_irmb
+
+
+def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> nn.Module:
+    """Run every inverted residual mobile block of ``model`` on fused kernels, in place.
+
+    Blocks are found by structure: this library's, the published class pasted into any code base,
+    and subclasses. A block is swapped only if its own forward agrees with the reference on a probe
+    input. Weights, buffers, hooks, ``state_dict``, copies, pickles and training stay as they are;
+    each call reads the weights as they are then. Calls that no kernel covers (training where no
+    backend has training kernels, autocast, tracing, export) run the block's own forward.
+
+    Args:
+        model: any module; blocks at every depth are found.
+        backend: the backend of every block, or ``None`` to choose at each call.
+        strict: raise if a block stays as it is, and then change nothing.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: no backend has that name, or ``strict`` and a block is not accelerated.
+        NotImplementedError: that backend is not usable on this machine.
+
+    Example:
+        >>> from emo_kernels.nn import iRMB
+        >>> block = accelerate(iRMB(8, 8, attn_s=False).eval())
+        >>> block(torch.ones(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 4, 4])
+    """
+    if backend is not None:
+        backends.check_usable(backend, "accelerate: backend")
+    found = list(find_blocks(model))
+    changed = {path: reason for path, block in found if (reason := unreadable(block))}
+    left = changed | {
+        path: reason
+        for path, block in found
+        if path not in changed and (reason := _no_kernel(block, backend))
+    }
+    if not found:
+        left[""] = "it contains no inverted residual mobile block"
+    if left:
+        message = _describe(model, left, len(found))
+        if strict:
+            raise ValueError(f"{message}. Use strict=False to accelerate the others")
+        warnings.warn(message, stacklevel=2)
+    for path, block in found:
+        # Where any backend may run it, a block without a kernel here may have one elsewhere.
+        if path not in (changed if backend is None else left):
+            restore_block(block)
+            block.forward = AcceleratedForward(block, backend)
+    return model
+
+
+def _describe(model: nn.Module, left: dict[str, str], total: int) -> str:
+    """One line: which blocks are not accelerated, grouped by reason."""
+    paths: dict[str, list[str]] = {}
+    for path, reason in left.items():
+        paths.setdefault(reason, []).append(path or type(model).__name__)
+    reasons = "; ".join(f"{', '.join(where)}: {reason}" for reason, where in paths.items())
+    return f"accelerate: {len(left)} of {total} blocks are not accelerated: {reasons}"
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give every block of ``model`` its own forward back. Returns the same model."""
+    for _, block in find_blocks(model):
+        restore_block(block)
+    return model
+
+
+def restore_block(block: nn.Module) -> None:
+    """Undo :func:`accelerate` on one block; nothing if it was not accelerated."""
+    forward = block.__dict__.get("forward")
+    if isinstance(forward, AcceleratedForward):
+        if forward.previous is None:
+            del block.__dict__["forward"]
+        else:
+            block.forward = forward.previous
+
+
+def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, block) of every inverted residual mobile block in ``model``."""
+    return ((path, m) for path, m in model.named_modules() if looks_like_irmb(m))
+
+
+def own_forward(block: nn.Module) -> Any:
+    """The forward that ``block`` has without acceleration."""
+    forward = block.__dict__.get("forward")
+    if isinstance(forward, AcceleratedForward):
+        forward = forward.previous
+    return MethodType(type(block).forward, block) if forward is None else forward
+
+
+class AcceleratedForward:
+    """The forward of an accelerated block. Copied and pickled with it; holds no weights."""
+
+    def __init__(self, block: nn.Module, backend: str | None) -> None:
+        self.block = block
+        self.backend = backend
+        self.previous = block.__dict__.get("forward")
+        self._reading: Reading | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reading": None}
+
+    def reading(self) -> Reading:
+        """What the block is now."""
+        if self._reading is None or not self._reading.is_current():
+            self._reading = None
+            self._reading = Reading(self.block)
+        return self._reading
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The fused operator where it computes this call, else the block's own forward."""
+        if args or kwargs or is_traced(x) or has_global_hooks():
+            return own_forward(self.block)(x, *args, **kwargs)
+        try:
+            reading = self.reading()
+        except UnreadableError:
+            return own_forward(self.block)(x)
+        if reading.batch_dependent or torch.is_autocast_enabled(x.device.type):
+            return own_forward(self.block)(x)
+        weights, spec = reading.weights(), reading.spec
+        backend = backends.requested(self.backend)
+        if backend is None:
+            backend = backends.resolve("irmb", None, x, weights, spec)
+            if backend == "reference" or (
+                self.block.training
+                and needs_gradient((x, *weights))
+                and not backends.has(backend, "irmb_backward")
+            ):
+                return own_forward(self.block)(x)
+        return ops.irmb(x, weights, spec, backend=backend)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether the model is being traced or exported, which wants standard operators."""
+    if not isinstance(x, Tensor) or torch.compiler.is_exporting():
+        return True
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
+def unreadable(block: nn.Module) -> str | None:
+    """Why ``block`` is not the published block after all, or ``None``."""
+    try:
+        reading = Reading(block)
+    except UnreadableError as reason:
+        return str(reason)
+    weights = reading.weights()
+    assert weights.proj_weight is not None
+    return None if weights.proj_weight.is_meta else _probe(block, weights, reading.spec)
+
+
+def sample_input(weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
+    """A small map that a block with these weights takes, on its device and in its dtype."""
+    v, proj = weights.v_weight, weights.proj_weight
+    assert proj is not None
+    channels = proj.shape[1] if v is None else v.shape[1] * spec.v_groups
+    return proj.new_empty(1, channels, 9, 10)
+
+
+def _no_kernel(block: nn.Module, backend: str | None) -> str | None:
+    """Why no kernel runs this block in inference where it is now, or ``None``."""
+    reading = Reading(block)
+    weights, spec = reading.weights(), reading.spec
+    x = sample_input(weights, spec)
+    device = x.device.type
+    if backend is not None:
+        return backends.why_not(backend, "irmb", device, x, weights, spec)
+    reasons = {
+        name: backends.why_not(name, "irmb", device, x, weights, spec)
+        for name in backends.NAMES
+        if name != "reference"
+    }
+    if None in reasons.values():
+        return None
+    return ", ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+@torch.no_grad()
+def _probe(block: nn.Module, weights: IRMBWeights, spec: IRMBSpec) -> str | None:
+    """Whether the block's own forward computes what its structure says."""
+    x = sample_input(weights, spec)
+    x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+    modes = [(module, module.training) for module in block.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        expected = own_forward(block)(x)
+    except Exception as error:
+        return f"its forward fails on a probe input ({type(error).__name__}: {error})"
+    finally:
+        for module, training in modes:
+            module.training = training
+    found = reference.irmb(x, weights, spec)
+    limit = max(1e-4, 8 * torch.finfo(x.dtype).eps)
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        return "its forward returns something else than the published block"
+    if not (found - expected).norm() <= limit * max(expected.norm(), found.norm()):
+        return "its forward computes something else than the published block"
+    return None
