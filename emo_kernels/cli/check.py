@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from emo_kernels.accelerate import accelerate
 from emo_kernels.backends import available_backends
+from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.check_cases import CASES, Case
 from emo_kernels.cli.info import one_line
 from emo_kernels.cli.options import add_json, print_json
@@ -115,7 +115,7 @@ def _check_model(backend: str | None, name: str) -> Row:
     plain = create_model(name, num_classes=10, drop_path_rate=0.0).to(device)
     calibrate_batch_norm(plain, x)
     try:
-        accelerated = accelerate(copy.deepcopy(plain), backend=backend)
+        accelerated = accelerate_quietly(copy.deepcopy(plain), backend)
         results = _model_results(accelerated, x)
     except NotImplementedError:
         return Row(shown, f"{name}, whole model", 0, None, "not every block")

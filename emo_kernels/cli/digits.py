@@ -33,6 +33,11 @@ class Digits:
         """Number of training images."""
         return len(self._train[1])
 
+    @property
+    def held_out_size(self) -> int:
+        """Number of held-out images."""
+        return len(self._held_out[1])
+
     def train_batch(self, indices: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
         """Images (N, 1, side, side) and labels (N,); nothing is augmented, ``seed`` is not used."""
         picked = torch.as_tensor(indices)

@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from emo_kernels.accelerate import accelerate
+from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.options import (
     add_json,
     add_model,
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     device = use_runtime(args)
     shape = input_shape(args.size, args.batch)
     model = create_model(args.model, in_chans=shape[1], **settings(args)).eval().to(device)
-    report = explain(accelerate(model, backend=args.backend), torch.zeros(shape, device=device))
+    report = explain(accelerate_quietly(model, args.backend), torch.zeros(shape, device=device))
     if args.json:
         print_json(json.loads(report.to_json()))
     else:

@@ -15,7 +15,7 @@ import onnxscript
 import torch
 from torch import Tensor, nn
 
-from emo_kernels.accelerate import accelerate
+from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.options import add_json, add_model, add_size, input_shape, print_json, settings
 from emo_kernels.models import create_model, load_checkpoint
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         load_checkpoint(model, args.checkpoint)
     plain = model(x)
     report: dict[str, Any] = {"model": args.model, "out": str(args.out), "input": list(x.shape)}
-    _export(accelerate(model), x, args.out, args.opset)
+    _export(accelerate_quietly(model), x, args.out, args.opset)
     proto = onnx.load(args.out)
     report["megabytes"] = args.out.stat().st_size / 1e6
     report["nodes"] = len(proto.graph.node)

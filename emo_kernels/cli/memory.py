@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emo_kernels.accelerate import accelerate
+from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.models import create_model
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -94,7 +94,7 @@ def _measure(path: str) -> dict[str, Any]:
     device = request["inputs"][0].device
     model.to(device)
     if request["accelerated"]:
-        accelerate(model, backend=request["backend"])
+        accelerate_quietly(model, request["backend"])
     peaks = []
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device) / 2**20

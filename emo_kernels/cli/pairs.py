@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from emo_kernels.accelerate import accelerate
+from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.models import create_model
 
 
@@ -58,7 +58,7 @@ def build_pair(
     torch.manual_seed(seed)
     plain = create_model(name, **settings).to(calibration.device)
     calibrate_batch_norm(plain, calibration)
-    return Pair(plain.eval(), accelerate(copy.deepcopy(plain), backend=backend).eval())
+    return Pair(plain.eval(), accelerate_quietly(copy.deepcopy(plain), backend).eval())
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from emo_kernels.accelerate import accelerate
+from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.digits import Digits
 from emo_kernels.cli.files import write_json
 from emo_kernels.cli.images import ImageFolder
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         args.model, num_classes=len(data.classes), in_chans=data.channels, **fields
     ).to(device)
     if not args.plain:
-        accelerate(model, backend=args.backend)
+        accelerate_quietly(model, args.backend)
     trainer = Trainer(model, data, recipe, device)
     history: list[dict[str, Any]] = []
     if state is not None:

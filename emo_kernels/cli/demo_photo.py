@@ -1,0 +1,97 @@
+"""First half of the demo: a photograph through the plain and the accelerated model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+from emo_kernels.cli.images import centre_crop, normalized, open_photo, random_crop
+from emo_kernels.cli.memory import peak_megabytes
+from emo_kernels.cli.pairs import Pair, build_pair, compare_pair, variants
+from emo_kernels.cli.timing import interleaved
+
+MODEL = "emo_5m"
+_LONGEST_SIDE = 1280  # a photo larger than this is scaled down: eager needs gigabytes beyond
+_CALIBRATION_CROPS = 8
+
+
+def load(photo: Path | None) -> tuple[str, Image.Image]:
+    """Name and pixels of the photo; without one, the picture that scikit-learn ships."""
+    if photo is not None:
+        return photo.name, open_photo(photo)
+    samples = load_sample_images()
+    index = next(i for i, name in enumerate(samples.filenames) if name.endswith("china.jpg"))
+    return "china.jpg", Image.fromarray(samples.images[index])
+
+
+def own_size(image: Image.Image) -> Image.Image:
+    """The whole photo, scaled down where its longer side is beyond the demo's limit."""
+    longest = max(image.size)
+    if longest <= _LONGEST_SIDE:
+        return image
+    width, height = (max(1, round(side * _LONGEST_SIDE / longest)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def build(device: torch.device, backend: str | None) -> Pair:
+    """EMO-5M and its accelerated twin, batch norms calibrated on crops of scikit-learn's photos."""
+    photos = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    crops = [
+        normalized(random_crop(photos[i % len(photos)], 224, seed=i))
+        for i in range(_CALIBRATION_CROPS)
+    ]
+    return build_pair(MODEL, {}, torch.stack(crops).to(device), backend=backend)
+
+
+def compare(
+    pair: Pair, image: Image.Image, *, backend: str | None, seconds: float
+) -> dict[str, Any]:
+    """Numbers, times and memory of both models on the centre crop and on the whole photo.
+
+    Args:
+        pair: from :func:`build`.
+        image: the photo.
+        backend: as :func:`accelerate` took it.
+        seconds: of timing for each input.
+    """
+    device = next(pair.plain.parameters()).device
+    pictures = (centre_crop(image, 224), own_size(image))
+    inputs = [normalized(picture)[None].to(device) for picture in pictures]
+    peaks = {}
+    for variant in pair._fields:
+        peaks[variant], method = peak_megabytes(
+            pair.plain,
+            MODEL,
+            {},
+            inputs,
+            accelerated=variant == "accelerated",
+            backend=backend,
+        )
+    rows = []
+    for i, x in enumerate(inputs):
+        megabytes = {variant: peaks[variant][i] for variant in pair._fields}
+        rows.append({**_measure(pair, x, seconds), "peak_megabytes": megabytes})
+    return {"memory_is": method, "inputs": rows}
+
+
+def _measure(pair: Pair, x: Tensor, seconds: float) -> dict[str, Any]:
+    height, width = x.shape[-2:]
+    agreement = compare_pair(pair, x)
+    with torch.inference_mode():
+        timings = interleaved(
+            variants(pair, x), seconds=seconds, device=x.device, label=f"time {height}x{width}"
+        )
+    plain = min(t.median for name, t in timings.items() if name != "accelerated")
+    return {
+        "height": height,
+        "width": width,
+        "largest_relative_difference": agreement.difference,
+        "agreement": agreement._asdict(),
+        "milliseconds": {name: timing._asdict() for name, timing in timings.items()},
+        "speed_up": plain / timings["accelerated"].median,
+    }

@@ -1,0 +1,366 @@
+"""The command line: exit statuses, messages, JSON, files, and a training run that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from emo_kernels.__main__ import COMMANDS, main
+from emo_kernels.cli import demo, files, images, options, training
+from emo_kernels.cli.pairs import compare
+
+# A model small enough for a test, with both kinds of block.
+TINY = ["depths=(1,1,2,1)"]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, object]:
+    status = main([*argv, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (41, 67, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------
+# bad input: one line on standard error, status 2, nothing written
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["demo", "nowhere.jpg"], "nowhere.jpg does not exist"),
+        (["demo", "."], "is a folder, not a photo"),
+        (["demo", "text.txt"], "is not an image"),
+        (["demo", "truncated.png"], "is not an image"),
+        (["demo", "--device", "potato"], "--device must be cpu, cuda or cuda:N, got 'potato'"),
+        (["demo", "--device", "cuda:99"], "asks for a GPU; torch sees"),
+        (["bench", "emo_1m", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["bench", "emo_1m", "--batch", "0"], "each at least 1"),
+        (["explain", "emo_9m"], "emo_1m"),
+        (["explain", "emo_1m", "--size", "1", "2", "3", "4"], "--size must be"),
+        (["explain", "emo_1m", "--size", "0"], "--size must be"),
+        (["explain", "emo_1m", "--set", "depths"], "--set must be NAME=VALUE, got 'depths'"),
+        (["explain", "emo_1m", "--set", "banana=1"], "banana"),
+        (["explain", "emo_1m", "--backend", "banana"], "banana"),
+        (["profile", "emo_9m"], "emo_1m"),
+        (["convert", "nowhere.pth", "x.safetensors"], "nowhere.pth"),
+        (["convert", "text.txt", "x.safetensors"], "text.txt"),
+        (["export", "emo_9m", "x.onnx"], "emo_1m"),
+        (["train", "nowhere"], "nowhere is not a folder"),
+        (["train", "empty"], "two class folders"),
+        (["train", "digits", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["train", "digits", "--batch", "9999"], "between 1 and the"),
+        (["train", "digits", "--resume"], "no checkpoint"),
+        (["train", "digits", "--out", "damaged", "--resume"], "is not a checkpoint"),
+        (["train", "digits", "--out", "damaged"], "exists; --resume continues it"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_status_2(
+    argv: list[str],
+    message: str,
+    photo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(photo.parent)
+    Path("text.txt").write_text("this is no image and no checkpoint")
+    Path("truncated.png").write_bytes(photo.read_bytes()[:200])
+    Path("empty").mkdir()
+    Path("damaged").mkdir()
+    Path("damaged/last.pt").write_bytes(b"PK\x03\x04 broken")
+    before = sorted(Path().rglob("*"))
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("emo-kernels: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_traceback_option_shows_where_an_error_came_from() -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        main(["--traceback", "demo", "nowhere.jpg"])
+
+
+@pytest.mark.parametrize("argv", [[], ["banana"], ["info", "--banana"], ["explain"]])
+def test_usage_error_is_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert "usage: emo-kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"usage: emo-kernels {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "library", "install"),
+    [
+        ("demo", "sklearn", "pip install 'emo_kernels[demo]'"),
+        ("demo", "matplotlib", "pip install 'emo_kernels[demo]'"),
+        ("train", "PIL", "pip install 'emo_kernels[demo]'"),
+        ("export", "onnxscript", "pip install onnx onnxscript onnxruntime"),
+    ],
+)
+def test_missing_library_is_named_with_the_way_to_install_it(
+    command: str,
+    library: str,
+    install: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in list(sys.modules):
+        if name.startswith("emo_kernels.cli."):
+            monkeypatch.delitem(sys.modules, name)
+        if name.split(".")[0] == library:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    assert main([command, "x", "y"]) == 2
+    error = capsys.readouterr().err
+    assert f"{command} needs {library}" in error
+    assert install in error
+    assert error.count("\n") == 1
+
+
+def test_package_imports_no_optional_library() -> None:
+    code = (
+        "import sys, emo_kernels\n"
+        "optional = {'sklearn', 'matplotlib', 'PIL', 'tqdm', 'onnx', 'emo_kernels.cli'}\n"
+        "print(sorted(optional & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------
+# what the commands print
+
+
+def test_info_tells_versions_machine_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = run_json(capsys, "info")
+    assert status == 0
+    assert isinstance(report, dict)
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert report["machine"]["threads"] == torch.get_num_threads()
+    assert report["backends"]["reference"] is None
+    assert main(["info"]) == 0
+    assert "reference" in capsys.readouterr().out
+
+
+def test_explain_gives_a_row_for_every_block(capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = run_json(capsys, "explain", "emo_1m", "--size", "3", "64", "64")
+    assert status == 0
+    text = json.dumps(report)
+    assert "stage1.0" in text
+    assert "stage4.2" in text
+
+
+def test_bench_reports_times_and_a_match(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "emo_1m", "--set", *TINY, "--size", "32", "--batch", "1", "2"]
+    status, report = run_json(capsys, *argv, "--seconds", "0.1")
+    assert status == 0
+    assert isinstance(report, dict)
+    assert [row["shape"][0] for row in report["results"]] == [1, 2]
+    for row in report["results"]:
+        assert row["match"]
+        assert all(t["p10"] <= t["median"] <= t["p90"] for t in row["milliseconds"].values())
+        medians = {name: t["median"] for name, t in row["milliseconds"].items()}
+        accelerated = medians.pop("accelerated")
+        assert row["speed_up"] == pytest.approx(min(medians.values()) / accelerated)
+
+
+def test_profile_writes_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["profile", "emo_1m", "--set", *TINY, "--size", "32", "--rounds", "1"]
+    assert main([*argv, "--trace", str(tmp_path)]) == 0
+    assert "Self CPU" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"plain.json", "accelerated.json"}
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [([64], (1, 3, 64, 64)), ([40, 50], (1, 3, 40, 50)), ([1, 40, 50], (1, 1, 40, 50))],
+)
+def test_size_option(size: list[int], shape: tuple[int, ...]) -> None:
+    assert options.input_shape(size) == shape
+
+
+# ------------------------------------------------------------------------------------------------
+# the judge of numbers
+
+
+def test_compare_passes_rounding_and_catches_an_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    oracle = torch.randn(4000, generator=generator, dtype=torch.float64)
+    noise = 1 + 2e-7 * torch.randn(4000, generator=generator, dtype=torch.float64)
+    plain = (oracle * noise).float()
+    assert compare((oracle * noise.flip(0)).float(), plain, oracle).ok
+    for wrong in (plain * (1 + 3e-6), plain.index_fill(0, torch.tensor(7), torch.nan)):
+        assert not compare(wrong, plain, oracle).ok
+    one_off = plain.clone()
+    one_off[5] += 2e-5
+    assert not compare(one_off, plain, oracle).ok
+
+
+def test_demo_names_every_disagreement() -> None:
+    agreement = {"ok": True, "error": 3e-7, "allowed": 5e-7}
+    photo = {"inputs": [{"width": 224, "height": 224, "agreement": agreement}]}
+    digits = {
+        "largest_early_gap": 1e-7,
+        "exact_steps": 5,
+        "accuracy": {"plain": 0.98, "accelerated": 0.975},
+    }
+    assert demo._disagreements(photo, digits, quick=False) == []
+    agreement["ok"] = False
+    digits |= {"largest_early_gap": float("nan"), "accuracy": {"plain": 0.98, "accelerated": 0.9}}
+    found = demo._disagreements(photo, digits, quick=False)
+    assert len(found) == 3
+    assert "224 x 224" in found[0]
+    assert "loss curves" in found[1]
+    assert "accelerated: held-out accuracy is 90.00%" in found[2]
+
+
+# ------------------------------------------------------------------------------------------------
+# files and images
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "numbers.json"
+    files.write_json(path, {"a": 1})
+
+    def fail(file: object) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        files.write_atomically(path, fail)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in path.parent.iterdir()] == ["numbers.json"]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "CMYK"])
+def test_photos_of_every_mode_become_rgb(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / ("photo.tif" if mode == "CMYK" else "photo.png")
+    Image.new(mode, (5, 3)).save(path)
+    photo = images.open_photo(path)
+    assert images.normalized(photo).shape == (3, 3, 5)
+    assert images.normalized(images.centre_crop(photo, 8)).shape == (3, 8, 8)
+
+
+def test_normalized_removes_the_mean_of_imagenet() -> None:
+    grey = Image.new("RGB", (1, 1), (124, 116, 104))
+    assert images.normalized(grey).abs().max() < 0.01
+
+
+def test_random_crop_depends_on_its_seed_alone(photo: Path) -> None:
+    picture = images.open_photo(photo)
+    first, again, other = (images.random_crop(picture, 16, seed) for seed in (1, 1, 2))
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+
+
+# ------------------------------------------------------------------------------------------------
+# training
+
+
+def train(out: Path, *more: str, data: str = "digits") -> list[str]:
+    small = ["--set", *TINY, "--batch", "128", "--epochs", "3", "--lr", "0.003"]
+    return ["train", data, *small, "--out", str(out), "--threads", "1", *more]
+
+
+def test_learning_rate_follows_the_published_schedule() -> None:
+    recipe = training.Recipe(epochs=300, batch=2048, lr=6e-3, warmup_epochs=20)
+    rate = [recipe.learning_rate(step, 625) for step in (0, 6250, 12500, 187499)]
+    # 5.934e-3 is the first rate after the warm-up in the published logs
+    assert rate == pytest.approx([1e-6, (6e-3 + 1e-6) / 2, 5.934e-3, 1e-6], rel=1e-3)
+
+
+def test_vectors_do_not_decay() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    decayed, exempt = training.parameter_groups(model, 0.05)
+    assert [p.ndim for p in decayed["params"]] == [2]
+    assert [p.ndim for p in exempt["params"]] == [1, 1, 1]
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
+
+
+def test_killed_training_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    ema = ("--ema", "0.9")
+    assert main(train(tmp_path / "whole", *ema)) == 0
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "emo_kernels", *train(killed, *ema)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (killed / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    assert not (killed / "model.pth").exists(), "the run ended before it was killed"
+    assert main(train(killed, *ema, "--resume")) == 0
+    logs = [json.loads((run / "log.json").read_text()) for run in (tmp_path / "whole", killed)]
+    assert logs[0]["losses"] == logs[1]["losses"]
+    states = [training.read_training_state(run / "last.pt") for run in (tmp_path / "whole", killed)]
+    for part in ("model", "average"):
+        for name, tensor in states[0][part].items():
+            assert torch.equal(tensor, states[1][part][name]), f"{part} {name}"
+
+
+def test_resume_with_other_options_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["train", "digits", "--set", *TINY, "--batch", "1400", "--epochs", "1"]
+    argv += ["--out", str(tmp_path)]
+    assert main(argv) == 0
+    assert (tmp_path / "model.pth").exists()
+    for change, message in ((["--lr", "0.1"], "lr was"), (["--plain"], "plain was False")):
+        capsys.readouterr()
+        assert main([*argv, *change, "--resume"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_train_on_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for name, level in (("dark", 40), ("light", 200)):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        for i in range(20):
+            noise = rng.integers(-30, 30, (24, 40, 3)) + level
+            Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
+    argv = train(tmp_path / "out", data=str(tmp_path / "data"))
+    argv[argv.index("128")] = "12"
+    status, history = run_json(capsys, *argv, "--side", "32")
+    assert status == 0
+    assert isinstance(history, list)
+    assert [record["epoch"] for record in history] == [1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------
+# the longer commands
+
+
+def test_demo_quick(photo: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "emo_kernels", "demo", str(photo), "--quick", "--json"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads(done.stdout)
+    assert numbers == json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert numbers["disagreements"] == []
+    sizes = [(row["height"], row["width"]) for row in numbers["photo"]["inputs"]]
+    assert sizes == [(224, 224), (41, 67)]
+    chart = Image.open(tmp_path / "out" / "demo.png")
+    assert min(chart.size) > 400
