@@ -97,6 +97,11 @@ def available_backends() -> dict[str, str | None]:
 @constant_under_compile
 def has(name: str, operator: str) -> bool:
     """Whether the namespace of backend ``name`` has ``operator``. Loads the namespace."""
+    return _has(name, operator)
+
+
+@cache
+def _has(name: str, operator: str) -> bool:
     if name not in _namespaces:
         _namespaces[name] = importlib.import_module(f"emo_kernels.{name}")
     return hasattr(_namespaces[name], operator)
@@ -170,6 +175,23 @@ def why_not(name: str, operator: str, device: str, *args: Any, **options: Any) -
     return function(name, f"{operator}_unsupported")(*args, **options)
 
 
+@constant_under_compile
+def candidates(operator: str, device: str) -> tuple[str, ...]:
+    """Backends that work here and have a kernel of ``operator`` for ``device``, best first."""
+    return _candidates(operator, device)
+
+
+@cache
+def _candidates(operator: str, device: str) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name in NAMES
+        if unavailable(name) is None
+        and has(name, operator)
+        and device in (_TABLE[name].devices or (device,))
+    )
+
+
 def resolve(operator: str, backend: str | None, x: Tensor, *args: Any, **options: Any) -> str:
     """The backend that runs this call of ``operator``: the one asked for, else the best that can.
 
@@ -180,8 +202,12 @@ def resolve(operator: str, backend: str | None, x: Tensor, *args: Any, **options
     device = x.device.type
     name = requested(backend)
     if name is None:
-        for candidate in NAMES:
-            if why_not(candidate, operator, device, x, *args, **options) is None:
+        for candidate in candidates(operator, device):
+            if candidate == "reference":
+                return candidate
+            if not has(candidate, f"{operator}_unsupported") or (
+                function(candidate, f"{operator}_unsupported")(x, *args, **options) is None
+            ):
                 return candidate
         raise AssertionError("the reference runs everything")
     source = "backend" if backend else "use_backend" if _used else ENVIRONMENT_VARIABLE

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from emo_kernels.ops import checks
-from emo_kernels.ops.registration import Bound, Operator, Options, Tensors
+from emo_kernels.ops.registration import Operator, Options, Tensors
 from emo_kernels.ops.window_attention import check_heads
 from emo_kernels.spec import (
     ACTIVATIONS,
@@ -18,15 +21,6 @@ from emo_kernels.spec import (
 )
 
 
-def _flatten(bound: Bound) -> tuple[Tensors, Options]:
-    x, weights, spec = bound[0]
-    return (x, *weights), {"spec": spec.encode()}
-
-
-def _bind(tensors: Tensors, options: Options) -> Bound:
-    return (tensors[0], IRMBWeights(*tensors[1:]), IRMBSpec.decode(options["spec"])), {}
-
-
 def _output_shape(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> tuple[int, ...]:
     n, _c, h, w = x.shape
     assert weights.proj_weight is not None
@@ -37,13 +31,26 @@ def _output_shape(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> tuple[int,
     return (n, o, conv_output_size(h, *step), conv_output_size(w, *step))
 
 
-_operator = Operator(
-    "irmb",
-    tensors="Tensor x, Tensor?[] weights",
-    options="str spec",
-    shape=_output_shape,
-    flatten=_flatten,
-    bind=_bind,
+class _BlockOperator(Operator):
+    """The torch op takes the weights as a list and the spec as a string: 4 of 20 us a call."""
+
+    def to_schema(self, positional: Sequence[Any], keyword: Options) -> tuple[Any, ...]:
+        x, weights, spec = positional
+        return x, list(weights), spec.encode()
+
+    def from_schema(self, args: Sequence[Any]) -> tuple[Sequence[Any], Options]:
+        x, weights, spec = args
+        return (x, IRMBWeights._make(weights), IRMBSpec.decode(spec)), {}
+
+    def tensors(self, args: Sequence[Any]) -> Tensors:
+        return (args[0], *args[1])
+
+    def replace(self, args: Sequence[Any], tensors: Tensors) -> tuple[Any, ...]:
+        return (tensors[0], list(tensors[1:]), *args[2:])
+
+
+_operator = _BlockOperator(
+    "irmb", tensors="Tensor x, Tensor?[] weights", options="str spec", shape=_output_shape
 )
 
 

@@ -22,7 +22,6 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 Tensors = Sequence[Tensor | None]
 Options = dict[str, Any]
-Bound = tuple[Sequence[Any], Options]
 
 
 def runs_standard_operators(x: Tensor) -> bool:
@@ -41,36 +40,23 @@ def runs_standard_operators(x: Tensor) -> bool:
 
 
 class Operator:
-    """A torch op over the backend functions of one name.
+    """A torch op over the backend functions ``f(*tensors, **options)`` of one name.
 
     Args:
         name: the operator's stem.
-        tensors: schema of the tensor arguments, in order; a last one ``Tensor?[]`` takes the rest.
+        tensors: schema of the tensor arguments, in order.
         options: schema of the remaining arguments, in order.
         shape: the output's (N, C, H, W), called as the backends are.
-        flatten: the positional and keyword arguments of the backends' functions to (tensors,
-            options) as the schema has them; ``None`` where they are the same.
-        bind: the inverse.
 
     Outputs are channels_last, whatever the inputs are and whoever runs it.
     """
 
     def __init__(
-        self,
-        name: str,
-        *,
-        tensors: str,
-        options: str,
-        shape: Callable[..., tuple[int, ...]],
-        flatten: Callable[[Bound], tuple[Tensors, Options]] | None = None,
-        bind: Callable[[Tensors, Options], Bound] = lambda tensors, options: (tensors, options),
+        self, name: str, *, tensors: str, options: str, shape: Callable[..., tuple[int, ...]]
     ) -> None:
         self.name = name
         self.shape = shape
-        self.flatten = flatten
-        self.bind = bind
-        self.slots = tensors.count(",") + 1
-        self.listed = "[]" in tensors
+        self.count = tensors.count(",") + 1
         self.options = tuple(option.split()[1] for option in options.split(", ") if option)
         arguments = ", ".join(part for part in (tensors, options, "str backend") if part)
         _LIBRARY.define(f"{name}({arguments}) -> Tensor")
@@ -88,39 +74,36 @@ class Operator:
             name = backends.resolve(self.name, backend, *positional, **keyword)
         if name == "reference":
             return backends.function(name, self.name)(*positional, **keyword)
-        bound = (positional, keyword)
-        tensors, options = self.flatten(bound) if self.flatten else bound
-        args = self._join(tensors, options.values(), name)
-        if torch.compiler.is_compiling() or needs_gradient(tensors):
+        args = (*self.to_schema(positional, keyword), name)
+        if torch.compiler.is_compiling() or needs_gradient(self.tensors(args)):
             return self.op(*args)
         with _below_autograd():  # spares the call of _differentiate
             return self.op(*args)
 
-    def run(self, backend: str, tensors: Tensors, options: Options) -> Tensor:
-        """Call one backend's function."""
-        positional, keyword = self.bind(tensors, options)
-        return backends.function(backend, self.name)(*positional, **keyword)
+    def to_schema(self, positional: Sequence[Any], keyword: Options) -> tuple[Any, ...]:
+        """A backend function's arguments as the torch op takes them, without the backend."""
+        return (*positional, *keyword.values())
 
-    def _join(self, tensors: Tensors, options: Any, backend: str) -> tuple[Any, ...]:
-        if self.listed:
-            return (*tensors[: self.slots - 1], list(tensors[self.slots - 1 :]), *options, backend)
-        return (*tensors, *options, backend)
+    def from_schema(self, args: Sequence[Any]) -> tuple[Sequence[Any], Options]:
+        """The inverse of :meth:`to_schema`."""
+        count = self.count
+        return args[:count], dict(zip(self.options, args[count:], strict=True))
 
-    def _split(self, args: tuple[Any, ...]) -> tuple[Tensors, Options, str]:
-        *options, backend = args[self.slots :]
-        tensors = args[: self.slots]
-        if self.listed:
-            tensors = (*tensors[:-1], *tensors[-1])
-        return tensors, dict(zip(self.options, options, strict=True)), backend
+    def tensors(self, args: Sequence[Any]) -> Tensors:
+        """The tensors among the torch op's arguments, flat."""
+        return args[: self.count]
+
+    def replace(self, args: Sequence[Any], tensors: Tensors) -> tuple[Any, ...]:
+        """The torch op's arguments with other tensors."""
+        return (*tensors, *args[self.count :])
 
     def _run(self, *args: Any) -> Tensor:
-        tensors, options, backend = self._split(args)
-        output = self.run(backend, tensors, options)
-        return output.contiguous(memory_format=torch.channels_last)
+        run = backends.function(args[-1], self.name)
+        positional, keyword = self.from_schema(args[:-1])
+        return run(*positional, **keyword).contiguous(memory_format=torch.channels_last)
 
     def _fake(self, *args: Any) -> Tensor:
-        tensors, options, _ = self._split(args)
-        positional, keyword = self.bind(tensors, options)
+        positional, keyword = self.from_schema(args[:-1])
         x = positional[0]
         return torch.empty(
             self.shape(*positional, **keyword),
@@ -130,9 +113,9 @@ class Operator:
         )
 
     def _differentiate(self, *args: Any) -> Tensor:
-        tensors, options, backend = self._split(args)
+        tensors = self.tensors(args)
         if needs_gradient(tensors):
-            return _Gradient.apply(self, options, backend, *tensors)
+            return _Gradient.apply(self, args, *tensors)
         with _below_autograd():
             return self.op(*args)
 
@@ -147,33 +130,36 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, operator: Operator, options: Options, backend: str, *tensors: Tensor | None
+        ctx: Any, operator: Operator, args: tuple[Any, ...], *tensors: Tensor | None
     ) -> Tensor:
-        ctx.operator, ctx.options, ctx.backend = operator, options, backend
+        ctx.operator = operator
+        ctx.args = operator.replace(args, (None,) * len(tensors))  # tensors are saved, not kept
         ctx.save_for_backward(*tensors)
         with _below_autograd():
-            return operator.op(*operator._join(tensors, options.values(), backend))
+            return operator.op(*args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        operator, tensors, needed = ctx.operator, ctx.saved_tensors, ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or not backends.has(ctx.backend, f"{operator.name}_backward"):
-            grads = reference_gradients(operator, grad, tensors, needed, ctx.options)
+        operator, tensors, needed = ctx.operator, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        backend, gradient = ctx.args[-1], f"{operator.name}_backward"
+        if torch.is_grad_enabled() or not backends.has(backend, gradient):
+            grads = reference_gradients(operator, grad, tensors, needed, ctx.args)
         else:
-            positional, keyword = operator.bind(tensors, ctx.options)
-            kernel = backends.function(ctx.backend, f"{operator.name}_backward")
+            positional, keyword = operator.from_schema(operator.replace(ctx.args, tensors)[:-1])
+            kernel = backends.function(backend, gradient)
             grads = kernel(grad, *positional, needed=needed, **keyword)
-        return (None, None, None, *grads)
+        return (None, None, *grads)
 
 
 def reference_gradients(
-    operator: Operator, grad: Tensor, tensors: Tensors, needed: Sequence[bool], options: Options
+    operator: Operator, grad: Tensor, tensors: Tensors, needed: Sequence[bool], args: Sequence[Any]
 ) -> list[Tensor | None]:
     """Gradients of the reference composition, themselves differentiable if grad mode is on."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         inputs = [_alias(t, n, create_graph) for t, n in zip(tensors, needed, strict=True)]
-        output = operator.run("reference", inputs, options)
+        positional, keyword = operator.from_schema(operator.replace(args, inputs)[:-1])
+        output = backends.function("reference", operator.name)(*positional, **keyword)
         sought = [t for t, n in zip(inputs, needed, strict=True) if t is not None and n]
         found = iter(
             torch.autograd.grad(
