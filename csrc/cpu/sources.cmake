@@ -12,8 +12,9 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   set(EMO_ISA_FLAGS_neon "")
 endif()
 
-set(EMO_WARNINGS -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas)
-add_library(emo_kernels_cpu STATIC csrc/cpu/irmb.cpp csrc/cpu/isa.cpp csrc/cpu/threads.cpp)
+set(EMO_WARNINGS -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
+    -Wno-uninitialized -Wno-maybe-uninitialized) # GCC 12: false alarms inside its own avx512fintrin.h
+add_library(emo_kernels_cpu STATIC csrc/cpu/irmb.cpp csrc/cpu/irmb_plan.cpp csrc/cpu/isa.cpp csrc/cpu/threads.cpp)
 target_include_directories(emo_kernels_cpu PUBLIC csrc)
 target_compile_options(emo_kernels_cpu PRIVATE -O3 ${EMO_WARNINGS})
 target_link_libraries(emo_kernels_cpu PRIVATE OpenMP::OpenMP_CXX)

@@ -1,0 +1,55 @@
+// How one call of the block is cut up: a pure function of its shapes and of the panel width.
+#pragma once
+
+#include <cstdint>
+
+#include "emo_kernels.h"
+
+namespace emo_kernels::cpu {
+
+constexpr int64_t kMaxTaps = 64;
+
+struct IrmbPlan {
+  IrmbCall call;
+  int64_t Ho, Wo;
+  int threads;
+
+  int64_t panel, gemm_rows;              // channels of a panel, pixels of a GEMM tile
+  int64_t panels_c, panels_m, panels_o;  // panels of each channel count
+
+  // By rows: threads share out N * Ho output rows, each walks its rows in tiles. By panels: threads
+  // share out the expanded channels of one image, meet, and share out its pixels and outputs.
+  bool by_panels;
+  int64_t tile_rows;      // output rows of a tile
+  int64_t block_columns;  // output columns of a tile
+  int64_t group_panels;   // panels of expanded channels in flight
+  int64_t chunk_rows;     // input rows normalised and expanded at a time
+  int64_t ring_rows, ring_columns;
+  int64_t chunk_pixels, tile_pixels;  // capacities, in multiples of gemm_rows
+
+  // Elements from the start of the shared buffer.
+  int64_t v_weight, v_bias, dw_weight, bn_shift, proj_weight, gamma, row_sums, gates, d_shared;
+  int64_t shared_elements;
+  // Elements from the start of a thread's buffer; the offsets are int64 arrays of their own.
+  int64_t norm_scale, norm_shift, x_panels, ring, d, thread_elements;
+  int64_t thread_offsets;
+};
+
+struct IrmbKernel {
+  int64_t panel, gemm_rows;
+  void (*run)(const IrmbPlan& plan, void* shared, void* own, int64_t* offsets, int thread,
+              int threads, void (*barrier)());
+};
+
+// One per instruction set and element type.
+const IrmbKernel& irmb_kernel_portable_f32();
+const IrmbKernel& irmb_kernel_portable_f64();
+const IrmbKernel& irmb_kernel_avx2_f32();
+const IrmbKernel& irmb_kernel_avx512_f32();
+const IrmbKernel& irmb_kernel_neon_f32();
+
+// Checks every size and pointer the kernels rely on: std::invalid_argument otherwise.
+void check_irmb(const IrmbCall& call);
+IrmbPlan plan_irmb(const IrmbCall& call, const IrmbKernel& kernel);
+
+}  // namespace emo_kernels::cpu

@@ -1,0 +1,104 @@
+// The stages of the block on one thread: pack, normalise, expand, depthwise, gate, shrink.
+#pragma once
+
+#include "cpu/depthwise.h"
+#include "cpu/gemm.h"
+#include "cpu/irmb_plan.h"
+#include "cpu/normalize.h"
+#include "cpu/pack.h"
+
+namespace emo_kernels::cpu {
+namespace {
+
+// Channels of a packed panel: the vectors that cover what is left, in half vectors where there are.
+template <class T>
+EMO_INLINE int64_t panel_width(int64_t channels_left) {
+  constexpr int64_t kGrain = kHalfVectors ? kLanesOf<T> / 2 : kLanesOf<T>;
+  return min<int64_t>(kPanel<T>, ceil_div(channels_left, kGrain) * kGrain);
+}
+
+// f(shape) for the PanelShape of a width.
+template <class T, class F>
+EMO_INLINE void with_shape(int64_t width, F f) {
+  constexpr int kLanes = kLanesOf<T>;
+  if (width == 2 * kLanes) return f(PanelShape<T, 2, false>{});
+  if (width == kLanes) return f(PanelShape<T, 1, false>{});
+  if constexpr (kHalfVectors) {
+    if (width > kLanes) return f(PanelShape<T, 1, true>{});
+    return f(PanelShape<T, 0, true>{});
+  }
+}
+
+template <class T>
+class Stages {
+ public:
+  const IrmbPlan& plan;
+  bool gates_ready = false;
+
+  Stages(const IrmbPlan& p, T* shared, T* own, int64_t* offsets)
+      : plan(p),
+        call_(p.call),
+        shared_(shared),
+        own_(own),
+        ring_offsets_(offsets),
+        out_offsets_(offsets + p.chunk_pixels),
+        depthwise_(depthwise_row_for<T>(call_.K, call_.stride, call_.dilation)) {
+    norm_affine<T>(call_, own_ + plan.norm_scale, own_ + plan.norm_shift);
+  }
+
+  // Packs expanded panels [m0, m1) and output panels [o0, o1); the first thread what is left.
+  void pack(int64_t m0, int64_t m1, int64_t o0, int64_t o1, bool first_thread);
+
+  // Names the tile's image and output columns, and clears the ring's columns outside the map.
+  void set_block(int64_t n, int64_t column0, int64_t column1);
+  void set_group(int64_t panel0, int64_t panel1) {
+    group0_ = panel0;
+    group1_ = panel1;
+  }
+
+  // Expands the input rows that output rows [y0, y1) need, from row `expanded` on.
+  int64_t expand_for(int64_t y0, int64_t y1, int64_t expanded);
+  // Depthwise convolution of output rows [y0, y1), or (sums_only) their sums for squeeze-excite.
+  void depthwise(int64_t y0, int64_t y1, bool sums_only);
+  // Adds the group's channels into output rows [y0, y1).
+  void shrink(int64_t y0, int64_t y1);
+  // A thread's share of one image's pixels and outputs, all channels at once.
+  void shrink_share(int thread, int threads);
+  // The squeeze-excite gate of image n out of its row sums.
+  void gate(int64_t n);
+
+ private:
+  void pack_x(int64_t row0, int64_t row1);
+  void expand_rows(int64_t row0, int64_t row1);
+  void expand_panel(int64_t panel, int64_t pixels);
+  void shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, const T* d, int64_t d_stride,
+                    int64_t channel0, int64_t channels);
+  T* ring_of(int64_t panel) const {
+    return own_ + plan.ring +
+           (panel - group0_) * (plan.ring_rows * plan.ring_columns + 1) * kPanel<T>;
+  }
+  T* d_of(int64_t panel) const {
+    return plan.by_panels ? shared_ + plan.d_shared + panel * plan.tile_pixels * kPanel<T>
+                          : own_ + plan.d + (panel - group0_) * plan.tile_pixels * kPanel<T>;
+  }
+  const T* data(const Param& param) const { return static_cast<const T*>(param.data); }
+
+  const IrmbCall& call_;
+  T* const shared_;
+  T* const own_;
+  int64_t* const ring_offsets_;
+  int64_t* const out_offsets_;
+  const DepthwiseRowFunction<T> depthwise_;
+
+  int64_t n_ = -1, column0_ = 0, column1_ = 0;  // image and output columns
+  int64_t in_column0_ = 0, in_column1_ = 0;     // input columns they need, inside the map
+  int64_t ring_column0_ = 0;                    // where in_column0_ lies in the ring
+  int64_t cleared0_ = -1, cleared1_ = -1;       // output columns the ring is cleared for
+  int64_t packed_row0_ = 0, packed_row1_ = 0;   // input rows in x_panels
+  int64_t group0_ = 0, group1_ = 0;             // expanded panels in flight
+};
+
+}  // namespace
+}  // namespace emo_kernels::cpu
+
+#include "cpu/irmb_stages_impl.h"

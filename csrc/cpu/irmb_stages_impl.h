@@ -1,0 +1,343 @@
+// Bodies of irmb_stages.h.
+#pragma once
+
+#include "cpu/irmb_stages.h"
+
+namespace emo_kernels::cpu {
+namespace {
+
+// ---- pack -------------------------------------------------------------------------------------
+
+template <class T>
+void pack_depthwise(const IrmbCall& call, int64_t channel0, T* weights, T* shift) {
+  const int64_t channels = min<int64_t>(kPanel<T>, call.M - channel0), taps = call.K * call.K;
+  const T* w = static_cast<const T*>(call.dw_weight.data) + channel0 * taps;
+  pack_panel<T>(w, channels, taps, weights, kPanel<T>);
+  T scale[kPanel<T>] = {};
+  for (int64_t i = 0; i < kPanel<T>; ++i) {
+    shift[i] = T(0);
+    if (i >= channels) continue;
+    const int64_t m = channel0 + i;
+    const auto at = [m](const Param& p) { return double{static_cast<const T*>(p.data)[m]}; };
+    const double gain = call.bn_weight.data ? at(call.bn_weight) : 1.0;
+    const double a = gain / __builtin_sqrt(at(call.bn_var) + call.bn_eps);
+    scale[i] = static_cast<T>(a);
+    shift[i] = static_cast<T>((call.bn_bias.data ? at(call.bn_bias) : 0.0) - at(call.bn_mean) * a);
+  }
+  for (int64_t t = 0; t < taps; ++t) {
+    for (int64_t i = 0; i < kPanel<T>; ++i) weights[t * kPanel<T> + i] *= scale[i];
+  }
+}
+
+template <class T>
+void copy_padded(const T* src, int64_t count, T* dst, int64_t padded) {
+  for (int64_t i = 0; i < padded; ++i) dst[i] = src && i < count ? src[i] : T(0);
+}
+
+template <class T>
+void Stages<T>::pack(int64_t m0, int64_t m1, int64_t o0, int64_t o1, bool first_thread) {
+  const int64_t P = kPanel<T>, taps = call_.K * call_.K;
+  for (int64_t p = m0; p < m1; ++p) {
+    const int64_t m = p * P, left = call_.M - m, channels = min(P, left);
+    if (call_.v_weight.data) {
+      pack_panel<T>(data(call_.v_weight) + m * call_.C, channels, call_.C,
+                    shared_ + plan.v_weight + m * call_.C, panel_width<T>(left));
+      const T* bias = data(call_.v_bias);
+      copy_padded<T>(bias ? bias + m : nullptr, channels, shared_ + plan.v_bias + m, P);
+    }
+    pack_depthwise<T>(call_, m, shared_ + plan.dw_weight + m * taps, shared_ + plan.bn_shift + m);
+  }
+  for (int64_t p = o0; p < o1; ++p) {
+    const int64_t o = p * P, left = call_.O - o;
+    pack_panel<T>(data(call_.proj_weight) + o * call_.M, min(P, left), call_.M,
+                  shared_ + plan.proj_weight + o * call_.M, panel_width<T>(left));
+  }
+  if (first_thread && call_.gamma.data) {
+    copy_padded<T>(data(call_.gamma), call_.O, shared_ + plan.gamma, plan.panels_o * P);
+  }
+}
+
+// ---- normalise and expand ---------------------------------------------------------------------
+
+template <class T>
+void Stages<T>::set_block(int64_t n, int64_t column0, int64_t column1) {
+  if (n == n_ && column0 == column0_ && column1 == column1_) return;
+  n_ = n;
+  column0_ = column0;
+  column1_ = column1;
+  packed_row0_ = packed_row1_ = 0;
+  const int64_t begin = column0 * call_.stride - call_.padding;
+  const int64_t end =
+      (column1 - 1) * call_.stride - call_.padding + (call_.K - 1) * call_.dilation + 1;
+  in_column0_ = min(max<int64_t>(0, begin), call_.W);
+  in_column1_ = max(in_column0_, min(call_.W, end));
+  ring_column0_ = in_column0_ - begin;
+  if (column0 == cleared0_ && column1 == cleared1_) return;
+  cleared0_ = column0;
+  cleared1_ = column1;
+  const int64_t P = kPanel<T>, after = ring_column0_ + in_column1_ - in_column0_;
+  group0_ = 0;
+  for (int64_t g = 0; g < plan.group_panels; ++g) {
+    for (int64_t r = 0; r < plan.ring_rows; ++r) {
+      T* row = ring_of(g) + r * plan.ring_columns * P;
+      for (int64_t i = 0; i < ring_column0_ * P; ++i) row[i] = T(0);
+      for (int64_t i = after * P; i < plan.ring_columns * P; ++i) row[i] = T(0);
+    }
+  }
+}
+
+template <class T>
+void Stages<T>::pack_x(int64_t row0, int64_t row1) {
+  if (row0 == packed_row0_ && row1 == packed_row1_) return;
+  packed_row0_ = row0;
+  packed_row1_ = row1;
+  const int64_t C = call_.C, P = kPanel<T>, panel_stride = plan.chunk_pixels * P;
+  const T *scale = own_ + plan.norm_scale, *shift = own_ + plan.norm_shift;
+  const T eps = static_cast<T>(call_.norm_eps);
+  T* dst = own_ + plan.x_panels;
+  for (int64_t y = row0; y < row1; ++y) {
+    const T* x = static_cast<const T*>(call_.x) + ((n_ * call_.H + y) * call_.W + in_column0_) * C;
+    const int64_t columns = in_column1_ - in_column0_;
+    for (int64_t i = 0; i < columns; ++i, x += C, dst += P) {
+      if (call_.norm == Norm::kNone) {
+        normalize_pixel<T, Norm::kNone>(x, C, scale, shift, eps, dst, panel_stride);
+      } else if (call_.norm == Norm::kAffine) {
+        normalize_pixel<T, Norm::kAffine>(x, C, scale, shift, eps, dst, panel_stride);
+      } else {
+        normalize_pixel<T, Norm::kLayer>(x, C, scale, shift, eps, dst, panel_stride);
+      }
+    }
+  }
+}
+
+template <class T, Activation kAct, class Shape>
+void expand_pixels(ExpandTile<T> tile, int64_t pixels) {
+  constexpr int kRows = kGemmRows, kFewRows = kGemmRows / 2;
+  for (int64_t i = 0; i < pixels;) {
+    const bool many = pixels - i > kFewRows;
+    if (many) {
+      expand_tile<T, kRows, Shape, kAct>(tile);
+    } else {
+      expand_tile<T, kFewRows, Shape, kAct>(tile);
+    }
+    const int64_t step = many ? kRows : kFewRows;
+    tile.a += step * kPanel<T>;
+    tile.offsets += step;
+    i += step;
+  }
+}
+
+template <class T, class Shape>
+void expand_pixels(Activation act, const ExpandTile<T>& tile, int64_t pixels) {
+  switch (act) {
+    case Activation::kNone:
+      return expand_pixels<T, Activation::kNone, Shape>(tile, pixels);
+    case Activation::kRelu:
+      return expand_pixels<T, Activation::kRelu, Shape>(tile, pixels);
+    case Activation::kGelu:
+      return expand_pixels<T, Activation::kGelu, Shape>(tile, pixels);
+    case Activation::kSilu:
+      return expand_pixels<T, Activation::kSilu, Shape>(tile, pixels);
+  }
+}
+
+template <class T>
+void Stages<T>::expand_panel(int64_t panel, int64_t pixels) {
+  const int64_t P = kPanel<T>, m = panel * P;
+  const T* x_panels = own_ + plan.x_panels;
+  if (call_.v_weight.data == nullptr) {  // no expansion: the panel is the normalised map's
+    using V = Vec<T, kLanesOf<T>>;
+    const T* src = x_panels + panel * plan.chunk_pixels * P;
+    for (int64_t i = 0; i < pixels; ++i) {
+      T* dst = ring_of(panel) + ring_offsets_[i];
+      store(dst, load<V>(src + i * P));
+      store(dst + kLanesOf<T>, load<V>(src + i * P + kLanesOf<T>));
+    }
+    return;
+  }
+  const ExpandTile<T> tile{
+      x_panels,     plan.chunk_pixels * P,     shared_ + plan.v_weight + m * call_.C,
+      call_.C,      shared_ + plan.v_bias + m, ring_of(panel),
+      ring_offsets_};
+  with_shape<T>(panel_width<T>(call_.M - m),
+                [&](auto shape) { expand_pixels<T, decltype(shape)>(call_.act, tile, pixels); });
+}
+
+template <class T>
+void Stages<T>::expand_rows(int64_t row0, int64_t row1) {
+  pack_x(row0, row1);
+  const int64_t P = kPanel<T>;
+  int64_t pixels = 0;
+  for (int64_t y = row0; y < row1; ++y) {
+    const int64_t row = (y % plan.ring_rows) * plan.ring_columns + ring_column0_;
+    for (int64_t i = 0; i < in_column1_ - in_column0_; ++i) ring_offsets_[pixels++] = (row + i) * P;
+  }
+  const int64_t nowhere = plan.ring_rows * plan.ring_columns * P;
+  for (int64_t i = pixels; i < ceil_div(pixels, kGemmRows) * kGemmRows; ++i) {
+    ring_offsets_[i] = nowhere;
+  }
+  for (int64_t panel = group0_; panel < group1_; ++panel) expand_panel(panel, pixels);
+}
+
+template <class T>
+int64_t Stages<T>::expand_for(int64_t y0, int64_t y1, int64_t expanded) {
+  const int64_t reach = (call_.K - 1) * call_.dilation;
+  const int64_t begin = max(expanded, max<int64_t>(0, y0 * call_.stride - call_.padding));
+  const int64_t end = min(call_.H, (y1 - 1) * call_.stride - call_.padding + reach + 1);
+  for (int64_t y = begin; y < end; y += plan.chunk_rows)
+    expand_rows(y, min(end, y + plan.chunk_rows));
+  return max(expanded, end);
+}
+
+// ---- depthwise --------------------------------------------------------------------------------
+
+template <class T>
+void Stages<T>::depthwise(int64_t y0, int64_t y1, bool sums_only) {
+  const int64_t P = kPanel<T>, columns = column1_ - column0_;
+  using V = Vec<T, kLanesOf<T>>;
+  for (int64_t panel = group0_; panel < group1_; ++panel) {
+    const T* ring = ring_of(panel);
+    const auto ring_row = [&](int64_t y) {
+      return ring + (y % plan.ring_rows) * plan.ring_columns * P;
+    };
+    DepthwiseRow<T> row{};
+    row.K = call_.K;
+    row.stride = call_.stride;
+    row.dilation = call_.dilation;
+    row.weights = shared_ + plan.dw_weight + panel * P * call_.K * call_.K;
+    row.shift = shared_ + plan.bn_shift + panel * P;
+    row.gate = gates_ready ? shared_ + plan.gates + (n_ * plan.panels_m + panel) * P : nullptr;
+    row.columns = columns;
+    row.panel = P;
+    for (int64_t y = y0; y < y1; ++y) {
+      const int64_t top = y * call_.stride - call_.padding;
+      row.taps = 0;
+      for (int64_t t = 0; t < call_.K; ++t) {
+        const int64_t in_y = top + t * call_.dilation;
+        if (in_y < 0 || in_y >= call_.H) continue;
+        if (row.taps == 0) row.first_tap = t;
+        row.rows[row.taps++] = ring_row(in_y);
+      }
+      row.local = call_.skip && !sums_only ? ring_row(y) + call_.padding * P : nullptr;
+      row.out = d_of(panel) + (y - y0) * columns * P;
+      depthwise_(row);
+      if (!sums_only) continue;
+      T* sums = shared_ + plan.row_sums + ((n_ * plan.Ho + y) * plan.panels_m + panel) * P;
+      for (int64_t lane = 0; lane < P; lane += kLanesOf<T>) {
+        V sum = column0_ > 0 ? load<V>(sums + lane) : V{};
+        for (int64_t i = 0; i < columns; ++i) sum += load<V>(row.out + i * P + lane);
+        store(sums + lane, sum);
+      }
+    }
+  }
+}
+
+// sigmoid(We act(Wr mean(c) + br) + be), all of it small.
+template <class T>
+void Stages<T>::gate(int64_t n) {
+  const int64_t P = kPanel<T>, M = call_.M, R = call_.R, padded = plan.panels_m * P;
+  using V = Vec<T, kLanesOf<T>>;
+  T* const gates = shared_ + plan.gates + n * padded;
+  T* const mean = own_ + plan.x_panels;  // free until the next block is packed
+  packed_row0_ = packed_row1_ = 0;
+  for (int64_t m = 0; m < M; ++m) {
+    double sum = 0.0;
+    for (int64_t y = 0; y < plan.Ho; ++y) {
+      sum += shared_[plan.row_sums + (n * plan.Ho + y) * padded + m];
+    }
+    mean[m] = static_cast<T>(sum / static_cast<double>(plan.Ho * plan.Wo));
+  }
+  const T *reduce = data(call_.se_reduce_weight), *reduce_bias = data(call_.se_reduce_bias);
+  const T *expand = data(call_.se_expand_weight), *expand_bias = data(call_.se_expand_bias);
+  for (int64_t m = 0; m < padded; ++m) gates[m] = m < M && expand_bias ? expand_bias[m] : T(0);
+  for (int64_t r = 0; r < R; ++r) {
+    T sum = reduce_bias ? reduce_bias[r] : T(0);
+    for (int64_t m = 0; m < M; ++m) sum += reduce[r * M + m] * mean[m];
+    V v = splat<V>(sum);
+    switch (call_.act) {
+      case Activation::kNone:
+        break;
+      case Activation::kRelu:
+        v = activate<T, Activation::kRelu>(v);
+        break;
+      case Activation::kGelu:
+        v = activate<T, Activation::kGelu>(v);
+        break;
+      case Activation::kSilu:
+        v = activate<T, Activation::kSilu>(v);
+        break;
+    }
+    for (int64_t m = 0; m < M; ++m) gates[m] += expand[m * R + r] * v[0];
+  }
+  for (int64_t m = 0; m < M; ++m) gates[m] = sigmoid(gates[m]);
+}
+
+// ---- shrink -----------------------------------------------------------------------------------
+
+template <class T, class Shape>
+void shrink_pixels(ShrinkTile<T> tile, int64_t pixels) {
+  constexpr int kRows = kGemmRows, kFewRows = kGemmRows / 2;
+  for (int64_t i = 0; i < pixels;) {
+    const bool many = pixels - i > kFewRows;
+    const int64_t step = many ? kRows : kFewRows;
+    tile.pixels = min(step, pixels - i);
+    if (many) {
+      shrink_tile<T, kRows, Shape>(tile);
+    } else {
+      shrink_tile<T, kFewRows, Shape>(tile);
+    }
+    tile.a += step * kPanel<T>;
+    tile.offsets += step;
+    i += step;
+  }
+}
+
+template <class T>
+void Stages<T>::shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, const T* d,
+                             int64_t d_stride, int64_t channel0, int64_t channels) {
+  const int64_t o = panel * kPanel<T>, width = panel_width<T>(call_.O - o);
+  ShrinkTile<T> tile{};
+  tile.a = d + pixel0 * kPanel<T>;
+  tile.a_panel_stride = d_stride;
+  tile.b = shared_ + plan.proj_weight + o * call_.M + channel0 * width;
+  tile.K = channels;
+  tile.out = static_cast<T*>(call_.out) + o;
+  tile.residual = call_.skip ? static_cast<const T*>(call_.x) + o : nullptr;
+  tile.gamma = call_.gamma.data ? shared_ + plan.gamma + o : nullptr;
+  tile.offsets = out_offsets_ + pixel0;
+  tile.channels = min<int64_t>(width, call_.O - o);
+  tile.first = channel0 == 0;
+  tile.last = channel0 + channels == call_.M;
+  with_shape<T>(width,
+                [&](auto shape) { shrink_pixels<T, decltype(shape)>(tile, pixel1 - pixel0); });
+}
+
+template <class T>
+void Stages<T>::shrink(int64_t y0, int64_t y1) {
+  const int64_t P = kPanel<T>, columns = column1_ - column0_, pixels = (y1 - y0) * columns;
+  for (int64_t i = 0; i < pixels; ++i) {
+    const int64_t row = n_ * plan.Ho + y0 + i / columns;
+    out_offsets_[i] = (row * plan.Wo + column0_ + i % columns) * call_.O;
+  }
+  const int64_t channel0 = group0_ * P, channels = min(group1_ * P, call_.M) - channel0;
+  for (int64_t panel = 0; panel < plan.panels_o; ++panel) {
+    shrink_panel(panel, 0, pixels, d_of(group0_), plan.tile_pixels * P, channel0, channels);
+  }
+}
+
+template <class T>
+void Stages<T>::shrink_share(int thread, int threads) {
+  const int64_t P = kPanel<T>, pixels = plan.Ho * plan.Wo, tiles = ceil_div(pixels, kGemmRows);
+  for (int64_t i = 0; i < pixels; ++i) out_offsets_[i] = (n_ * pixels + i) * call_.O;
+  const int64_t end = tiles * plan.panels_o * (thread + 1) / threads;
+  for (int64_t unit = tiles * plan.panels_o * thread / threads; unit < end;) {
+    const int64_t panel = unit / tiles, tile0 = unit % tiles;
+    const int64_t tile1 = min(tiles, tile0 + end - unit);
+    shrink_panel(panel, tile0 * kGemmRows, min(pixels, tile1 * kGemmRows), shared_ + plan.d_shared,
+                 plan.tile_pixels * P, 0, call_.M);
+    unit += tile1 - tile0;
+  }
+}
+
+}  // namespace
+}  // namespace emo_kernels::cpu

@@ -1,0 +1,82 @@
+// The norm in front of the block, applied while pixels are copied into channel panels.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/simd.h"
+
+namespace emo_kernels::cpu {
+namespace {
+
+// The affine of the norm in front: batch norm's from its statistics, layer norm's as it is given.
+template <class T>
+void norm_affine(const IrmbCall& call, T* scale, T* shift) {
+  const T* weight = static_cast<const T*>(call.norm_weight.data);
+  const T* bias = static_cast<const T*>(call.norm_bias.data);
+  const T* mean = static_cast<const T*>(call.norm_mean.data);
+  const T* var = static_cast<const T*>(call.norm_var.data);
+  if (call.norm == Norm::kNone) return;
+  for (int64_t c = 0; c < call.C; ++c) {
+    double a = weight ? weight[c] : 1.0, b = bias ? bias[c] : 0.0;
+    if (call.norm == Norm::kAffine) {
+      a /= __builtin_sqrt(var[c] + call.norm_eps);
+      b -= mean[c] * a;
+    }
+    scale[c] = static_cast<T>(a);
+    shift[c] = static_cast<T>(b);
+  }
+  for (int64_t c = call.C; c < ceil_div(call.C, kPanel<T>) * kPanel<T>; ++c) {
+    scale[c] = shift[c] = T(0);
+  }
+}
+
+// One pixel's C channels, a vector at a time: f(vector, channel).
+template <class T, class F>
+EMO_INLINE void each_channel(const T* x, int64_t C, F f) {
+  constexpr int kLanes = kLanesOf<T>;
+  using V = Vec<T, kLanes>;
+  int64_t c = 0;
+  for (; c + kLanes <= C; c += kLanes) f(load<V>(x + c), c);
+  if (c < C) f(load_first<V>(x + c, C - c), c);
+}
+
+// (x - mean) / sqrt(var + eps) as scale * ((x - near) - rest): near is the mean up to its rounding
+// and rest the mean of x - near, so that a common offset of the channels costs no digits.
+template <class T>
+struct PixelMoments {
+  T near, rest, scale;
+};
+
+template <class T>
+EMO_INLINE PixelMoments<T> pixel_moments(const T* x, int64_t C, T eps) {
+  constexpr int kLanes = kLanesOf<T>;
+  using V = Vec<T, kLanes>;
+  V total{}, sum{}, squares{};
+  each_channel(x, C, [&](V v, int64_t) __attribute__((always_inline)) { total += v; });
+  const T near = sum_lanes<V, T>(total) / static_cast<T>(C);
+  each_channel(x, C, [&](V v, int64_t c) __attribute__((always_inline)) {
+    V centred = v - near;
+    if (c + kLanes > C) centred = first_lanes<V, T>(centred, C - c);
+    sum += centred;
+    squares = fma(centred, centred, squares);
+  });
+  const T rest = sum_lanes<V, T>(sum) / static_cast<T>(C);
+  const T square = sum_lanes<V, T>(squares) / static_cast<T>(C);
+  return {near, rest, T(1) / square_root(max(square - rest * rest, T(0)) + eps)};
+}
+
+// dst[c / panel][.][c % panel] = norm(x)[c], zero in the lanes past C.
+template <class T, Norm kNorm>
+EMO_INLINE void normalize_pixel(const T* x, int64_t C, const T* scale, const T* shift, T eps,
+                                T* dst, int64_t panel_stride) {
+  using V = Vec<T, kLanesOf<T>>;
+  PixelMoments<T> moments{};
+  if constexpr (kNorm == Norm::kLayer) moments = pixel_moments<T>(x, C, eps);
+  each_channel(x, C, [&](V v, int64_t c) __attribute__((always_inline)) {
+    if constexpr (kNorm == Norm::kLayer) v = ((v - moments.near) - moments.rest) * moments.scale;
+    if constexpr (kNorm != Norm::kNone) v = fma(v, load<V>(scale + c), load<V>(shift + c));
+    store(dst + c / kPanel<T> * panel_stride + c % kPanel<T>, v);
+  });
+}
+
+}  // namespace
+}  // namespace emo_kernels::cpu

@@ -1,0 +1,155 @@
+// SIMD in GCC / Clang vector extensions: one header for every instruction set.
+//
+// Include only from files compiled per instruction set (EMO_ISA_... is defined): everything here
+// sits in an anonymous namespace, so that no symbol of one instruction set is linked into another.
+#pragma once
+
+#include <cstdint>
+
+#if defined(EMO_ISA_AVX512) || defined(EMO_ISA_AVX2)
+#include <immintrin.h>
+#endif
+
+#define EMO_INLINE inline __attribute__((always_inline))
+
+namespace emo_kernels::cpu {
+namespace {
+
+template <class T, int kLanes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * kLanes)));
+};
+template <class T, int kLanes>
+using Vec = typename VectorOf<T, kLanes>::type;
+
+#if defined(EMO_ISA_AVX512)
+constexpr int kVectorBytes = 64;
+constexpr int kGemmRows = 14;  // 14 x 2 accumulators of the 32 registers
+constexpr bool kHalfVectors = true;
+#elif defined(EMO_ISA_AVX2)
+constexpr int kVectorBytes = 32;
+constexpr int kGemmRows = 6;  // 6 x 2 of 16
+constexpr bool kHalfVectors = false;
+#elif defined(EMO_ISA_NEON)
+constexpr int kVectorBytes = 16;
+constexpr int kGemmRows = 12;  // 12 x 2 of 32
+constexpr bool kHalfVectors = false;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kGemmRows = 6;
+constexpr bool kHalfVectors = false;
+#endif
+
+template <class T>
+constexpr int kLanesOf = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class V>
+EMO_INLINE V load(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V>
+EMO_INLINE void store(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+template <class V, class T>
+EMO_INLINE V splat(T value) {
+  return V{} + value;
+}
+
+// One rounding where the instruction set has FMA (the build contracts), two where it has not.
+template <class V>
+EMO_INLINE V fma(V a, V b, V c) {
+  return a * b + c;
+}
+
+// The first `count` elements of a vector whose other lanes are 0 / are left alone in memory.
+template <class V, class T>
+EMO_INLINE V load_first(const T* p, int64_t count) {
+#if defined(EMO_ISA_AVX512)
+  const auto mask = static_cast<uint32_t>((uint64_t{1} << count) - 1);
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, p);
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return _mm256_maskz_loadu_ps(mask, p);
+#endif
+  V v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+
+template <class V, class T>
+EMO_INLINE void store_first(T* p, V v, int64_t count) {
+#if defined(EMO_ISA_AVX512)
+  const auto mask = static_cast<uint32_t>((uint64_t{1} << count) - 1);
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_mask_storeu_ps(p, mask, v);
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return _mm256_mask_storeu_ps(p, mask, v);
+#endif
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+// v with the lanes from `count` on set to 0.
+template <class V, class T>
+EMO_INLINE V first_lanes(V v, int64_t count) {
+  constexpr int kLanes = sizeof(V) / sizeof(T);
+  T lanes[kLanes];
+  store(lanes, v);
+  return load_first<V>(lanes, count);
+}
+
+template <class V, class T>
+EMO_INLINE T sum_lanes(V v) {
+  constexpr int kLanes = sizeof(V) / sizeof(T);
+  T lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+template <class T>
+EMO_INLINE T min(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <class T>
+EMO_INLINE T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+EMO_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+EMO_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+  constexpr operator int() const { return kValue; }
+};
+
+template <int... kIndex>
+struct Indices {};
+template <int kCount, int... kIndex>
+struct MakeIndices : MakeIndices<kCount - 1, kCount - 1, kIndex...> {};
+template <int... kIndex>
+struct MakeIndices<0, kIndex...> {
+  using type = Indices<kIndex...>;
+};
+
+template <class F, int... kIndex>
+EMO_INLINE void unroll_over(F& f, Indices<kIndex...>) {
+  (f(Constant<kIndex>{}), ...);
+}
+
+// f(0), f(1), ... f(kCount - 1) with compile-time arguments: arrays they index become registers.
+template <int kCount, class F>
+EMO_INLINE void unroll(F f) {
+  unroll_over(f, typename MakeIndices<kCount>::type{});
+}
+#define EMO_UNROLLED(i) [&](auto i) __attribute__((always_inline))
+
+EMO_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+}  // namespace emo_kernels::cpu

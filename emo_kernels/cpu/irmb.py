@@ -1,0 +1,89 @@
+"""Launcher of the whole-block CPU kernel: allocate, call, return."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emo_kernels import _C
+from emo_kernels.spec import IRMBSpec, IRMBWeights, conv_output_size
+
+_DTYPES = {torch.float32: 0, torch.float64: 1}
+_NORMS = {"none": 0, "batch": 1, "layer": 2}
+_ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
+_MAX_TAPS = 64  # kMaxTaps of csrc/cpu/irmb_plan.h
+
+
+def irmb_unsupported(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> str | None:
+    """Why the kernel cannot run this block, or ``None`` if it can."""
+    if x.dtype not in _DTYPES:
+        return f"the cpu kernel computes in float32 and float64, got {x.dtype}"
+    if spec.head_dim > 0:
+        return "the cpu kernel has no window attention yet"
+    if spec.v_groups != 1:
+        return f"the cpu kernel has no grouped expansion, got v_groups = {spec.v_groups}"
+    if weights.dw_weight is None:
+        return "the cpu kernel needs the depthwise convolution (dw_weight is None)"
+    if weights.dw_weight.shape[-1] > _MAX_TAPS:
+        return f"the cpu kernel takes depthwise kernels up to {_MAX_TAPS} taps a side"
+    if spec.skip and spec.stride != 1:
+        return f"the cpu kernel takes skips at stride 1 only, got {spec.stride}"
+    return None
+
+
+def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
+    """One convolutional block in inference, as :func:`emo_kernels.reference.irmb` computes it.
+
+    Args:
+        x: (N, C, H, W), fp32 or fp64; used in place when channels_last, else copied into it.
+        weights: the block's tensors, of x's dtype.
+        spec: the block's switches; those :func:`irmb_unsupported` accepts.
+
+    Returns:
+        (N, O, H', W'), channels_last.
+
+    Raises:
+        ValueError: the kernel refuses a size or a pointer.
+    """
+    w = weights
+    assert w.dw_weight is not None and w.proj_weight is not None
+    n, c, h, width = x.shape
+    m, k = w.dw_weight.shape[0], w.dw_weight.shape[3]
+    o = w.proj_weight.shape[0]
+    r = 0 if w.se_reduce_weight is None else w.se_reduce_weight.shape[0]
+    step = (k, spec.stride, spec.padding, spec.dilation)
+    out_h, out_w = conv_output_size(h, *step), conv_output_size(width, *step)
+    x = _channels_last(x)
+    out = torch.empty_strided(
+        (n, o, out_h, out_w), (o * out_h * out_w, 1, o * out_w, o), dtype=x.dtype
+    )
+    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in w[:4] + w[6:]]
+    _C.irmb(
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        out.data_ptr(),
+        tuple([0 if t is None else t.data_ptr() for t in tensors]),
+        tuple([0 if t is None else t.numel() for t in tensors]),
+        (n, c, h, width, m, o, k, r),
+        (
+            _NORMS[spec.norm],
+            _ACTIVATIONS[spec.act],
+            spec.stride,
+            spec.padding,
+            spec.dilation,
+            spec.skip,
+        ),
+        spec.norm_eps,
+        spec.bn_eps,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """x dense in (N, H, W, C) order, whatever torch says of dimensions of size one."""
+    _n, c, h, w = x.shape
+    if x.stride() == (c * h * w, 1, c * w, c):
+        return x
+    out = torch.empty_strided(x.shape, (c * h * w, 1, c * w, c), dtype=x.dtype)
+    return out.copy_(x)
