@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from types import MethodType
 from typing import Any
 
 import torch
@@ -98,12 +97,14 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((path, m) for path, m in model.named_modules() if looks_like_irmb(m))
 
 
-def own_forward(block: nn.Module) -> Any:
-    """The forward that ``block`` has without acceleration."""
+def own_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the forward that ``block`` has without acceleration."""
     forward = block.__dict__.get("forward")
     if isinstance(forward, AcceleratedForward):
         forward = forward.previous
-    return MethodType(type(block).forward, block) if forward is None else forward
+    if forward is None:
+        return type(block).forward(block, *args, **kwargs)
+    return forward(*args, **kwargs)
 
 
 class AcceleratedForward:
@@ -128,23 +129,23 @@ class AcceleratedForward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The fused operator where it computes this call, else the block's own forward."""
         if args or kwargs or is_traced(x) or has_global_hooks():
-            return own_forward(self.block)(x, *args, **kwargs)
+            return own_forward(self.block, x, *args, **kwargs)
         try:
             reading = self.reading()
         except UnreadableError:
-            return own_forward(self.block)(x)
+            return own_forward(self.block, x)
         if reading.batch_dependent or torch.is_autocast_enabled(x.device.type):
-            return own_forward(self.block)(x)
+            return own_forward(self.block, x)
         weights, spec = reading.weights(), reading.spec
-        backend = backends.requested(self.backend)
-        if backend is None:
+        backend = self.backend
+        if backends.requested(backend) is None:
             backend = backends.resolve("irmb", None, x, weights, spec)
             if backend == "reference" or (
                 self.block.training
                 and needs_gradient((x, *weights))
                 and not backends.has(backend, "irmb_backward")
             ):
-                return own_forward(self.block)(x)
+                return own_forward(self.block, x)
         return ops.irmb(x, weights, spec, backend=backend)
 
 
@@ -201,7 +202,7 @@ def _probe(block: nn.Module, weights: IRMBWeights, spec: IRMBSpec) -> str | None
     try:
         for module, _ in modes:
             module.training = False
-        expected = own_forward(block)(x)
+        expected = own_forward(block, x)
     except Exception as error:
         return f"its forward fails on a probe input ({type(error).__name__}: {error})"
     finally:

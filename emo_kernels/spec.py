@@ -7,7 +7,6 @@ words.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -70,38 +69,6 @@ class IRMBSpec(NamedTuple):
     bn_eps: float = 1e-6
     skip: bool = True
     op_order: str = "attn_conv"
-
-    def encode(self) -> str:
-        """One line that :meth:`decode` reads back: how a spec travels in a torch op."""
-        return _encode(self)
-
-    @staticmethod
-    def decode(text: str) -> IRMBSpec:
-        """The spec that :meth:`encode` wrote."""
-        return _decode(text)
-
-
-@constant_under_compile
-def _encode(spec: IRMBSpec) -> str:
-    return _encode_once(spec)
-
-
-@lru_cache(maxsize=4096)
-def _encode_once(spec: IRMBSpec) -> str:
-    return " ".join(f"{name}={value}" for name, value in spec._asdict().items())
-
-
-@lru_cache(maxsize=4096)
-def _decode(text: str) -> IRMBSpec:
-    defaults = IRMBSpec()._asdict()
-    pairs = dict(item.split("=", 1) for item in text.split(" "))
-    if pairs.keys() != defaults.keys():
-        raise ValueError(f"irmb: spec must name {sorted(defaults)}, got {sorted(pairs)}")
-    fields: dict[str, Any] = {
-        name: pairs[name] == "True" if isinstance(value, bool) else type(value)(pairs[name])
-        for name, value in defaults.items()
-    }
-    return IRMBSpec(**fields)
 
 
 class IRMBWeights(NamedTuple):

@@ -32,15 +32,15 @@ def _output_shape(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> tuple[int,
 
 
 class _BlockOperator(Operator):
-    """The torch op takes the weights as a list and the spec as a string: 4 of 20 us a call."""
+    """The torch op takes the weights as one list: 19 named tensors cost 10 us more a call."""
 
     def to_schema(self, positional: Sequence[Any], keyword: Options) -> tuple[Any, ...]:
         x, weights, spec = positional
-        return x, list(weights), spec.encode()
+        return x, list(weights), *spec
 
     def from_schema(self, args: Sequence[Any]) -> tuple[Sequence[Any], Options]:
-        x, weights, spec = args
-        return (x, IRMBWeights._make(weights), IRMBSpec.decode(spec)), {}
+        x, weights, *spec = args
+        return (x, IRMBWeights._make(weights), IRMBSpec._make(spec)), {}
 
     def tensors(self, args: Sequence[Any]) -> Tensors:
         return (args[0], *args[1])
@@ -50,7 +50,10 @@ class _BlockOperator(Operator):
 
 
 _operator = _BlockOperator(
-    "irmb", tensors="Tensor x, Tensor?[] weights", options="str spec", shape=_output_shape
+    "irmb",
+    tensors="Tensor x, Tensor?[] weights",
+    options=", ".join(f"{type(value).__name__} {n}" for n, value in IRMBSpec()._asdict().items()),
+    shape=_output_shape,
 )
 
 
