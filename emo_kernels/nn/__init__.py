@@ -12,12 +12,15 @@ from emo_kernels.nn.layers import (
     get_act,
     get_norm,
 )
+from emo_kernels.nn.meta import MetaFormerBlock, MetaMobileBlock
 
 __all__ = [
     "ConvNormAct",
     "DropPath",
     "LayerNorm2d",
     "LayerScale2d",
+    "MetaFormerBlock",
+    "MetaMobileBlock",
     "SqueezeExcite",
     "get_act",
     "get_norm",
