@@ -180,13 +180,15 @@ def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 def _batch_norms_keep_statistics(block: nn.Module) -> Iterator[None]:
     """Batch norms normalise by the batch but leave running statistics alone.
 
-    Computing a block again in backward would otherwise move them twice in one step.
+    Computing a block again in backward would otherwise move them twice in one step. With momentum 0
+    the same tensors are saved for backward as the first time.
     """
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, count
