@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from emo_kernels.cli.files import write_atomically
 
@@ -17,8 +18,7 @@ _COLOURS = {"plain": "#8c959f", "plain, channels_last": "#57606a", "accelerated"
 def save(numbers: dict[str, Any], path: Path) -> None:
     """Draw the numbers of the demo into a PNG file."""
     photo, digits = numbers["photo"], numbers["training"]
-    figure = Figure(figsize=(13.5, 4.8), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
+    figure = Figure(figsize=(13.5, 4.8), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12))
     time, memory, learning = figure.subplots(1, 3, width_ratios=(1.15, 0.8, 1.25))
     _draw_time(time, photo["inputs"])
     _draw_memory(memory, photo["inputs"])

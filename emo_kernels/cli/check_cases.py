@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from emo_kernels import ops
 from emo_kernels.spec import IRMBSpec, IRMBWeights
 
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, Any]  # tensors; Any, so that they can be passed by keyword
 Shape = tuple[int, ...]
 
 
@@ -27,7 +27,7 @@ class Case(NamedTuple):
     """
 
     name: str
-    shapes: dict[str, Shape]
+    shapes: Mapping[str, Shape]
     call: Callable[[Tensors, str], Tensor]
     differentiable: bool = True
 

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
         return 0
     for title, section in report.items():
-        absent = "works" if title == "backends" else "not installed"
+        absent = {"backends": "works", "versions": "not installed"}.get(title, "none")
         rows = [(name, _text(value, absent)) for name, value in section.items()]
         print(format_table((title, ""), rows), end="\n\n")
     return 0

@@ -76,7 +76,8 @@ def calibrate_batch_norm(model: nn.Module, images: Tensor) -> None:
 
 def variants(pair: Pair, x: Tensor) -> dict[str, Callable[[], Tensor]]:
     """The calls to compare on ``x``: the plain model in both memory formats, the accelerated."""
-    channels_last = copy.deepcopy(pair.plain).to(memory_format=torch.channels_last)
+    channels_last = copy.deepcopy(pair.plain)
+    channels_last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     y = x.to(memory_format=torch.channels_last)
     return {
         "plain": lambda: pair.plain(x),

@@ -83,10 +83,12 @@ def derived_seed(*words: object) -> int:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two optimizer groups: tensors of two dimensions and more decay, the others do not."""
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    names: set[str] = getattr(model, "no_weight_decay", set)()
+    keywords: set[str] = getattr(model, "no_weight_decay_keywords", set)()
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        groups[parameter.ndim > 1 and name not in exempt].append(parameter)
+        exempt = name in names or any(keyword in name for keyword in keywords)
+        groups[parameter.ndim > 1 and not exempt].append(parameter)
     return [
         {"params": groups[True], "weight_decay": weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
