@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/activation.h"
+#include "cpu/gemm.h"
 #include "cpu/simd.h"
 
 namespace emo_kernels::cpu {
@@ -21,6 +22,7 @@ struct DepthwiseRow {
   const T* local;    // the expanded map at the output's first pixel, null: no skip
   T* out;            // [columns][panel]
   int64_t columns, panel;
+  int64_t width;  // channels of the panel that exist
 };
 
 template <class T, class V>
@@ -36,7 +38,7 @@ EMO_INLINE void depthwise_epilogue(const DepthwiseRow<T>& row, V sum, int64_t co
 template <class T, int kTaps, int kStride, int kColumns>
 EMO_INLINE void depthwise_block(const DepthwiseRow<T>& row, int64_t column, int64_t lane) {
   using V = Vec<T, kLanesOf<T>>;
-  constexpr int kPanelWidth = 2 * kLanesOf<T>;
+  constexpr int kPanelWidth = kPanel<T>;
   V acc[kColumns];
   const V shift = load<V>(row.shift + lane);
   unroll<kColumns>(EMO_UNROLLED(x) { acc[x] = shift; });
@@ -59,7 +61,7 @@ EMO_INLINE void depthwise_block(const DepthwiseRow<T>& row, int64_t column, int6
 template <class T, int kTaps, int kStride>
 void depthwise_row(const DepthwiseRow<T>& row) {
   constexpr int kColumns = 7;  // 224-pixel maps are multiples of 7 wide
-  for (int64_t lane = 0; lane < row.panel; lane += kLanesOf<T>) {
+  for (int64_t lane = 0; lane < row.width; lane += kLanesOf<T>) {
     int64_t column = 0;
     for (; column + kColumns <= row.columns; column += kColumns) {
       depthwise_block<T, kTaps, kStride, kColumns>(row, column, lane);
@@ -72,7 +74,7 @@ void depthwise_row(const DepthwiseRow<T>& row) {
 template <class T>
 void depthwise_row_any(const DepthwiseRow<T>& row) {
   using V = Vec<T, kLanesOf<T>>;
-  for (int64_t lane = 0; lane < row.panel; lane += kLanesOf<T>) {
+  for (int64_t lane = 0; lane < row.width; lane += kLanesOf<T>) {
     for (int64_t column = 0; column < row.columns; ++column) {
       V acc = load<V>(row.shift + lane);
       for (int64_t t = 0; t < row.taps; ++t) {

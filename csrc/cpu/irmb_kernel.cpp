@@ -2,7 +2,7 @@
 //           out = x + gamma Wp (u + gate c) (SPEC of the EMO block, steps 1 to 9 without
 //           attention).
 // Tiling    a thread walks its output rows; per tile it normalises the new input rows, expands them
-//           panel by panel (32 channels with AVX-512) into a ring of halo rows, runs the depthwise
+//           panel by panel (48 channels with AVX-512) into a ring of halo rows, runs the depthwise
 //           convolution out of the ring and contracts the result: only x and out leave the L2
 //           cache.
 // Traffic   reads x once (plus halo rows between threads) and the weights once, writes out once:
@@ -91,7 +91,7 @@ void run(const IrmbPlan& plan, void* shared, void* own, int64_t* offsets, int th
 }
 
 template <class T>
-constexpr IrmbKernel kKernel = {kPanel<T>, kGemmRows, run<T>};
+constexpr IrmbKernel kKernel = {kPanel<T>, kMostGemmRows, run<T>};
 
 }  // namespace
 

@@ -114,8 +114,8 @@ void size_tile(IrmbPlan& p, int64_t rows, int64_t columns, int64_t group, bool w
   const int64_t in_rows = std::min(c.H, p.ring_rows);
   const int64_t in_columns = std::min(c.W, p.ring_columns);
   p.chunk_rows = whole_map ? in_rows : std::min(in_rows, std::max<int64_t>(1, rows * c.stride));
-  p.chunk_pixels = round_up(p.chunk_rows * in_columns, p.gemm_rows);
-  p.tile_pixels = round_up(rows * columns, p.gemm_rows);
+  p.chunk_pixels = p.chunk_rows * in_columns + p.gemm_rows;
+  p.tile_pixels = rows * columns + p.gemm_rows;
 }
 
 int64_t thread_bytes(const IrmbPlan& p, int64_t element) {

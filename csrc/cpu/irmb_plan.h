@@ -14,7 +14,7 @@ struct IrmbPlan {
   int64_t Ho, Wo;
   int threads;
 
-  int64_t panel, gemm_rows;              // channels of a panel, pixels of a GEMM tile
+  int64_t panel, gemm_rows;              // channels of a panel, most pixels of a GEMM tile
   int64_t panels_c, panels_m, panels_o;  // panels of each channel count
 
   // By rows: threads share out N * Ho output rows, each walks its rows in tiles. By panels: threads
@@ -25,7 +25,7 @@ struct IrmbPlan {
   int64_t group_panels;   // panels of expanded channels in flight
   int64_t chunk_rows;     // input rows normalised and expanded at a time
   int64_t ring_rows, ring_columns;
-  int64_t chunk_pixels, tile_pixels;  // capacities, in multiples of gemm_rows
+  int64_t chunk_pixels, tile_pixels;  // capacities, with room for a whole last GEMM tile
 
   // Elements from the start of the shared buffer.
   int64_t v_weight, v_bias, dw_weight, bn_shift, proj_weight, gamma, row_sums, gates, d_shared;

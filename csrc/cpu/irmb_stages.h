@@ -21,9 +21,11 @@ EMO_INLINE int64_t panel_width(int64_t channels_left) {
 template <class T, class F>
 EMO_INLINE void with_shape(int64_t width, F f) {
   constexpr int kLanes = kLanesOf<T>;
+  if (width == 3 * kLanes) return f(PanelShape<T, 3, false>{});
   if (width == 2 * kLanes) return f(PanelShape<T, 2, false>{});
   if (width == kLanes) return f(PanelShape<T, 1, false>{});
   if constexpr (kHalfVectors) {
+    if (width > 2 * kLanes) return f(PanelShape<T, 2, true>{});
     if (width > kLanes) return f(PanelShape<T, 1, true>{});
     return f(PanelShape<T, 0, true>{});
   }

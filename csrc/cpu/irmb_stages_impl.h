@@ -112,7 +112,7 @@ void Stages<T>::pack_x(int64_t row0, int64_t row1) {
 
 template <class T, Activation kAct, class Shape>
 void expand_pixels(ExpandTile<T> tile, int64_t pixels) {
-  constexpr int kRows = kGemmRows, kFewRows = kGemmRows / 2;
+  constexpr int kRows = Shape::kRows, kFewRows = kRows / 2;
   for (int64_t i = 0; i < pixels;) {
     const bool many = pixels - i > kFewRows;
     if (many) {
@@ -150,8 +150,9 @@ void Stages<T>::expand_panel(int64_t panel, int64_t pixels) {
     const T* src = x_panels + panel * plan.chunk_pixels * P;
     for (int64_t i = 0; i < pixels; ++i) {
       T* dst = ring_of(panel) + ring_offsets_[i];
-      store(dst, load<V>(src + i * P));
-      store(dst + kLanesOf<T>, load<V>(src + i * P + kLanesOf<T>));
+      unroll<kPanel<T> / kLanesOf<T>>(EMO_UNROLLED(j) {
+        store(dst + j * kLanesOf<T>, load<V>(src + i * P + j * kLanesOf<T>));
+      });
     }
     return;
   }
@@ -173,9 +174,7 @@ void Stages<T>::expand_rows(int64_t row0, int64_t row1) {
     for (int64_t i = 0; i < in_column1_ - in_column0_; ++i) ring_offsets_[pixels++] = (row + i) * P;
   }
   const int64_t nowhere = plan.ring_rows * plan.ring_columns * P;
-  for (int64_t i = pixels; i < ceil_div(pixels, kGemmRows) * kGemmRows; ++i) {
-    ring_offsets_[i] = nowhere;
-  }
+  for (int64_t i = pixels; i < pixels + kMostGemmRows; ++i) ring_offsets_[i] = nowhere;
   for (int64_t panel = group0_; panel < group1_; ++panel) expand_panel(panel, pixels);
 }
 
@@ -209,6 +208,7 @@ void Stages<T>::depthwise(int64_t y0, int64_t y1, bool sums_only) {
     row.gate = gates_ready ? shared_ + plan.gates + (n_ * plan.panels_m + panel) * P : nullptr;
     row.columns = columns;
     row.panel = P;
+    row.width = min(P, call_.M - panel * P);
     for (int64_t y = y0; y < y1; ++y) {
       const int64_t top = y * call_.stride - call_.padding;
       row.taps = 0;
@@ -276,7 +276,7 @@ void Stages<T>::gate(int64_t n) {
 
 template <class T, class Shape>
 void shrink_pixels(ShrinkTile<T> tile, int64_t pixels) {
-  constexpr int kRows = kGemmRows, kFewRows = kGemmRows / 2;
+  constexpr int kRows = Shape::kRows, kFewRows = kRows / 2;
   for (int64_t i = 0; i < pixels;) {
     const bool many = pixels - i > kFewRows;
     const int64_t step = many ? kRows : kFewRows;
@@ -325,15 +325,17 @@ void Stages<T>::shrink(int64_t y0, int64_t y1) {
   }
 }
 
+constexpr int64_t kShareRows = 56;  // a multiple of every tile's rows
+
 template <class T>
 void Stages<T>::shrink_share(int thread, int threads) {
-  const int64_t P = kPanel<T>, pixels = plan.Ho * plan.Wo, tiles = ceil_div(pixels, kGemmRows);
+  const int64_t P = kPanel<T>, pixels = plan.Ho * plan.Wo, tiles = ceil_div(pixels, kShareRows);
   for (int64_t i = 0; i < pixels; ++i) out_offsets_[i] = (n_ * pixels + i) * call_.O;
   const int64_t end = tiles * plan.panels_o * (thread + 1) / threads;
   for (int64_t unit = tiles * plan.panels_o * thread / threads; unit < end;) {
     const int64_t panel = unit / tiles, tile0 = unit % tiles;
     const int64_t tile1 = min(tiles, tile0 + end - unit);
-    shrink_panel(panel, tile0 * kGemmRows, min(pixels, tile1 * kGemmRows), shared_ + plan.d_shared,
+    shrink_panel(panel, tile0 * kShareRows, min(pixels, tile1 * kShareRows), shared_ + plan.d_shared,
                  plan.tile_pixels * P, 0, call_.M);
     unit += tile1 - tile0;
   }

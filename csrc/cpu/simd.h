@@ -23,20 +23,16 @@ template <class T, int kLanes>
 using Vec = typename VectorOf<T, kLanes>::type;
 
 #if defined(EMO_ISA_AVX512)
-constexpr int kVectorBytes = 64;
-constexpr int kGemmRows = 14;  // 14 x 2 accumulators of the 32 registers
+constexpr int kVectorBytes = 64, kRegisters = 32;
 constexpr bool kHalfVectors = true;
 #elif defined(EMO_ISA_AVX2)
-constexpr int kVectorBytes = 32;
-constexpr int kGemmRows = 6;  // 6 x 2 of 16
+constexpr int kVectorBytes = 32, kRegisters = 16;
 constexpr bool kHalfVectors = false;
 #elif defined(EMO_ISA_NEON)
-constexpr int kVectorBytes = 16;
-constexpr int kGemmRows = 12;  // 12 x 2 of 32
+constexpr int kVectorBytes = 16, kRegisters = 32;
 constexpr bool kHalfVectors = false;
 #else
-constexpr int kVectorBytes = 16;
-constexpr int kGemmRows = 6;
+constexpr int kVectorBytes = 16, kRegisters = 16;
 constexpr bool kHalfVectors = false;
 #endif
 
@@ -59,6 +55,11 @@ template <class V, class T>
 EMO_INLINE V splat(T value) {
   return V{} + value;
 }
+
+// The lower half of the lanes: the same register, read at half width.
+#if defined(EMO_ISA_AVX512)
+EMO_INLINE __m256 low_half(__m512 v) { return _mm512_castps512_ps256(v); }
+#endif
 
 // One rounding where the instruction set has FMA (the build contracts), two where it has not.
 template <class V>
