@@ -6,7 +6,9 @@ takes ``IRMBWeights`` in the one case of ``irmb``, to the keyword call that the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import shapes
@@ -15,6 +17,7 @@ from numerics import Case
 from shapes import Row
 from torch import Tensor
 
+from emo_kernels import ops
 from emo_kernels.spec import IRMBSpec, IRMBWeights, batch_norm_affine
 
 STEMS = ("depthwise_conv2d", "expand", "window_attention", "shrink", "irmb")
@@ -42,7 +45,7 @@ def depthwise_case(
     """The row's depthwise convolution on a map of its M channels."""
     x = _map(row, "u", (row.n, row.m, row.h, row.w), seed, data)
     options = {"stride": row.stride, "padding": row.padding, "dilation": row.dilation}
-    return Case({"x": x, "weight": shapes.weights(row, seed=seed).dw_weight}, options)
+    return Case({"x": x, "weight": shapes.weights(row, data=data, seed=seed).dw_weight}, options)
 
 
 def _norm(row: Row, weights: IRMBWeights) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
@@ -59,7 +62,7 @@ def _norm(row: Row, weights: IRMBWeights) -> tuple[dict[str, Tensor | None], dic
 
 def expand_case(row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0) -> Case:
     """The row's norm, expanding convolution and activation."""
-    w = shapes.weights(row, seed=seed)
+    w = shapes.weights(row, data=data, seed=seed)
     tensors, options = _norm(row, w)
     x = shapes.feature_map(row, data=data, seed=seed)
     return Case(
@@ -72,7 +75,7 @@ def attention_case(
     row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0
 ) -> Case:
     """The row's norm and attention, over the expanded V where the row expands first."""
-    w = shapes.weights(row, qk_scale=qk_scale, seed=seed)
+    w = shapes.weights(row, data=data, qk_scale=qk_scale, seed=seed)
     tensors, options = _norm(row, w)
     tensors |= {"qk_weight": w.qk_weight, "qk_bias": w.qk_bias}
     options |= {
@@ -89,7 +92,7 @@ def attention_case(
 
 def shrink_case(row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0) -> Case:
     """The row's second half; skips, gate and stochastic depth where the row has them."""
-    w = shapes.weights(row, seed=seed)
+    w = shapes.weights(row, data=data, seed=seed)
     n, m, size = row.n, row.m, row.output_size
     tensors: dict[str, Tensor | None] = {
         "y": _map(row, "y", (n, m, *size), seed, data),
@@ -100,8 +103,8 @@ def shrink_case(row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed:
         tensors |= dict(zip(("scale", "shift"), affine, strict=True))
     if row.skip:
         tensors |= {
-            "local": _map(row, "local", (n, m, *size), seed),
-            "residual": _map(row, "residual", (n, row.o, *size), seed),
+            "local": _map(row, "local", (n, m, *size), seed, data),
+            "residual": _map(row, "residual", (n, row.o, *size), seed, data),
             "drop_scale": 1.25 * (_vector(row, "drop", (n,), seed) > 0.2).double(),
         }
     if row.se:
@@ -111,7 +114,7 @@ def shrink_case(row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed:
 
 def irmb_case(row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0) -> Case:
     """The whole block."""
-    weights = shapes.weights(row, qk_scale=qk_scale, seed=seed)
+    weights = shapes.weights(row, data=data, qk_scale=qk_scale, seed=seed)
     return Case(
         {"x": shapes.feature_map(row, data=data, seed=seed), **dict(weights.present())},
         {"spec": row.spec()},
@@ -129,16 +132,51 @@ CASES: dict[str, MakeCase] = {
 }
 
 
-def function(stem: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``run`` as a function of keyword tensors and options."""
+def function(stem: str, run: Callable[..., Tensor], **fixed: Any) -> Callable[..., Tensor]:
+    """``run`` as a function of keyword tensors and options, with ``fixed`` ones set."""
     if stem != "irmb":
-        return run
+        return partial(run, **fixed)
 
-    def block(x: Tensor, *, spec: IRMBSpec, **tensors: Any) -> Tensor:
-        extra = {name: tensors.pop(name) for name in ("backend",) if name in tensors}
-        return run(x, IRMBWeights(**tensors), spec, **extra)
+    def block(x: Tensor, *, spec: IRMBSpec, **tensors: Tensor | None) -> Tensor:
+        return run(x, IRMBWeights(**tensors), spec, **fixed)
 
     return block
+
+
+def positional(stem: str, case: Case) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+    """A case's tensors in the order of the operator's arguments, and its options made complete."""
+    if stem == "irmb":
+        tensors = {**dict.fromkeys(IRMBWeights._fields), **case.tensors}
+        ordered = (tensors["x"], *(tensors[name] for name in IRMBWeights._fields))
+        return ordered, {"spec": case.options["spec"]}
+    names, defaults = [], {}
+    for name, parameter in inspect.signature(getattr(ops, stem)).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            defaults[name] = parameter.default
+        else:
+            names.append(name)
+    del defaults["backend"]
+    return tuple(case.tensors.get(name) for name in names), {**defaults, **case.options}
+
+
+def registered(stem: str, backend: str) -> Callable[..., Tensor]:
+    """``torch.ops.emo_kernels.<stem>`` on one backend, as a function of keywords."""
+    op = getattr(torch.ops.emo_kernels, stem)
+
+    def run(**arguments: Any) -> Tensor:
+        tensors = {n: t for n, t in arguments.items() if t is None or isinstance(t, Tensor)}
+        options = {n: o for n, o in arguments.items() if n not in tensors}
+        return op(*registered_arguments(stem, Case(tensors, options), backend))
+
+    return run
+
+
+def registered_arguments(stem: str, case: Case, backend: str) -> tuple[Any, ...]:
+    """The arguments of ``torch.ops.emo_kernels.<stem>`` for a case."""
+    ordered, options = positional(stem, case)
+    if stem == "irmb":
+        return (ordered[0], list(ordered[1:]), *options["spec"], backend)
+    return (*ordered, *options.values(), backend)
 
 
 def integers(case: Case, *, largest: int = 2, seed: int = 0) -> Case:

@@ -53,7 +53,7 @@ def normalize(
 def activate(u: Tensor, act: str) -> Tensor:
     """The activations from their definitions."""
     if act == "relu":
-        return torch.where(u > 0, u, 0.0)
+        return torch.where(u <= 0, 0.0, u)  # NaN stays
     if act == "gelu":
         return u * 0.5 * (1.0 + torch.erf(u / math.sqrt(2.0)))
     if act == "silu":

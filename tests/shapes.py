@@ -306,6 +306,7 @@ ODD = [
     Row("stride_2_2x1_k5", c=12, m=24, o=9, h=2, w=1, kernel=5, stride=2, skip=False),
     Row("stride_2_13x9", c=21, m=42, o=33, h=13, w=9, stride=2, skip=False),
     Row("stride_2_8x15_k5", c=20, m=52, o=24, h=8, w=15, kernel=5, stride=2, skip=False),
+    Row("stride_3_8x11", c=12, m=20, o=8, h=8, w=11, stride=3, skip=False),
     Row("kernel_1", c=12, m=20, o=12, h=5, w=4, kernel=1),
     Row("kernel_7", c=12, m=20, o=12, h=9, w=8, kernel=7),
 ]
@@ -381,8 +382,6 @@ VIEWS: dict[str, Callable[[], list[Row]]] = {
 
 # ------------------------------------------------------------------------------------------- data
 
-MAPS_DATA = ("normal", "shifted", "offset1000", "tiny", "large", "constant_channels")
-
 
 def generator(row: Row, salt: str, seed: int = 0) -> torch.Generator:
     """A source of numbers of its own for every tensor of every row."""
@@ -392,7 +391,10 @@ def generator(row: Row, salt: str, seed: int = 0) -> torch.Generator:
 
 def random_map(shape: tuple[int, ...], source: torch.Generator, data: str = "normal") -> Tensor:
     """An fp64 map: ``normal``; ``shifted`` with channel means of 0.5 sigma; ``offset1000``;
-    ``tiny`` and ``large`` (1e-3, 30); ``constant_channels``: every third channel constant."""
+    ``tiny`` and ``large`` (1e-3, 30); ``constant_channels``: every third channel constant;
+    ``empty``: not filled, for questions about shapes alone."""
+    if data == "empty":
+        return torch.empty(shape, dtype=torch.float64)
     x = torch.randn(shape, generator=source, dtype=torch.float64)
     means = torch.randn((1, shape[1], 1, 1), generator=source, dtype=torch.float64)
     if data == "shifted":
@@ -411,26 +413,30 @@ def feature_map(row: Row, *, data: str = "shifted", seed: int = 0) -> Tensor:
     return random_map(row.input_shape, generator(row, f"x/{data}", seed), data)
 
 
-def weights(row: Row, *, qk_scale: float = 1.0, seed: int = 0) -> IRMBWeights:
+def weights(row: Row, *, data: str = "normal", qk_scale: float = 1.0, seed: int = 0) -> IRMBWeights:
     """The block's tensors in fp64: unit-gain convolutions, statistics as trained networks have.
 
     ``qk_scale`` sharpens the attention, which scaling the input behind a norm cannot do.
     """
-    values = {}
-    for name, shape in row.weight_shapes().items():
-        source = generator(row, name, seed)
-        noise = torch.randn(shape, generator=source, dtype=torch.float64)
-        if name.endswith("_var"):
-            values[name] = 0.5 + torch.rand(shape, generator=source, dtype=torch.float64)
-        elif name.endswith("_mean"):
-            values[name] = 0.2 * noise
-        elif len(shape) > 1:
-            values[name] = noise / torch.Size(shape[1:]).numel() ** 0.5
-        elif name.endswith("_bias"):
-            values[name] = 0.1 * noise
-        else:  # scales of norms, LayerScale
-            values[name] = 1.0 + 0.2 * noise
+    shaped = row.weight_shapes().items()
+    if data == "empty":
+        return IRMBWeights(**{name: torch.empty(s, dtype=torch.float64) for name, s in shaped})
+    values = {name: _trained(name, shape, generator(row, name, seed)) for name, shape in shaped}
     for name in ("qk_weight", "qk_bias"):
         if name in values:
             values[name] = values[name] * qk_scale
     return IRMBWeights(**values)
+
+
+def _trained(name: str, shape: tuple[int, ...], source: torch.Generator) -> Tensor:
+    """Numbers such as training leaves in the tensor of that name."""
+    noise = torch.randn(shape, generator=source, dtype=torch.float64)
+    if name.endswith("_var"):
+        return 0.5 + torch.rand(shape, generator=source, dtype=torch.float64)
+    if name.endswith("_mean"):
+        return 0.2 * noise
+    if len(shape) > 1:
+        return noise / torch.Size(shape[1:]).numel() ** 0.5
+    if name.endswith("_bias"):
+        return 0.1 * noise
+    return 1.0 + 0.2 * noise  # scales of norms, LayerScale
