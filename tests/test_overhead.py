@@ -1,0 +1,115 @@
+"""What registration and dispatch cost a call, beside the work of the kernel itself.
+
+A kernel that does nothing stands in for a backend's. On a quiet machine (2 Zen 4 cores) one
+Python-registered torch op costs 2.3 us here; limits are held as multiples of that, measured in turn
+with it, because a busy machine slows both alike.
+"""
+
+import functools
+import sys
+import timeit
+import types
+
+import pytest
+import torch
+
+from emo_kernels import backends, ops
+from emo_kernels.spec import IRMBSpec, IRMBWeights
+
+QUIET_MICROSECONDS = 2.3
+LIMITS = {"no gradient": 8.0, "gradient": 20.0}
+# One call instead of five, with 20 tensors and 14 switches to carry.
+WHOLE_BLOCK_LIMITS = {"no gradient": 13.0, "gradient": 27.0}
+STEMS = ("window_attention", "expand", "depthwise_conv2d", "shrink", "irmb")
+
+
+@pytest.fixture
+def idle_kernels(monkeypatch):
+    """Under the name of the cpu backend: every operator returns the same ready tensor."""
+    ready = torch.zeros(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    namespace = types.ModuleType("emo_kernels.cpu")
+    for stem in STEMS:
+        setattr(namespace, stem, lambda *args, **kwargs: ready)
+    caches = (backends._unavailable, backends._has, backends._candidates)
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setitem(backends._namespaces, "cpu", namespace)
+    monkeypatch.setitem(backends._TABLE, "cpu", backends._Backend(("cpu",), lambda: None))
+    yield ready
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def bare_op():
+    """The least that any Python-registered torch op costs."""
+    library = torch.library.Library("emo_kernels_bare", "DEF")
+    library.define("op(Tensor x, Tensor w, int a, int b, int c, str s) -> Tensor")
+    result = torch.zeros(1)
+    library.impl("op", lambda *args: result, "CPU")
+    yield torch.ops.emo_kernels_bare.op.default
+    library._destroy()
+
+
+def operator(stem):
+    """The operator behind ``ops.<stem>``; the function hides its module of the same name."""
+    return sys.modules[f"emo_kernels.ops.{stem}"]._operator
+
+
+def calls(x):
+    """Each torch op as the public function calls it, without argument checks and resolution."""
+    vector, square = torch.zeros(8), torch.zeros(8, 8, 1, 1)
+    qk, qk_bias = torch.zeros(16, 8, 1, 1), torch.zeros(16)
+    stencil = torch.zeros(8, 1, 3, 3)
+    weights = IRMBWeights(
+        norm_weight=vector, norm_bias=vector, norm_mean=vector, norm_var=vector, v_weight=square,
+        v_bias=vector, dw_weight=stencil, bn_weight=vector, bn_bias=vector, bn_mean=vector,
+        bn_var=vector, proj_weight=square,
+    )  # fmt: skip
+    spec = IRMBSpec(norm="batch")
+    arguments = {
+        "window_attention": (x, qk, qk_bias, None, None, None, None, 4, 7, "grid", "none", 1e-6)
+        + ("none", 1),
+        "expand": (x, square, vector, None, None, "none", 1e-6, "silu", 1),
+        "depthwise_conv2d": (x, stencil, 1, 1, 1),
+        "shrink": (x, square, vector, vector, x, x, None, None),
+        "irmb": (x, list(weights), *spec),
+    }
+    public = {
+        "window_attention": lambda: ops.window_attention(x, qk, qk_bias, head_dim=4),
+        "expand": lambda: ops.expand(x, square, vector, act="silu"),
+        "depthwise_conv2d": lambda: ops.depthwise_conv2d(x, stencil),
+        "shrink": lambda: ops.shrink(x, square, vector, vector, x, x),
+        "irmb": lambda: ops.irmb(x, weights, spec),
+    }
+    registered = {
+        stem: functools.partial(operator(stem).call, (*arguments[stem], "cpu")) for stem in STEMS
+    }
+    return {stem: (registered[stem], public[stem]) for stem in STEMS}
+
+
+def quiet_microseconds(functions, yardstick, rounds=40, number=200):
+    """Least time of each over interleaved rounds, on the scale of a quiet machine."""
+    everything = [*functions, yardstick]
+    for function in everything:
+        function()
+    rounds_of_times = [[timeit.timeit(f, number=number) for f in everything] for _ in range(rounds)]
+    *least, least_of_yardstick = map(min, zip(*rounds_of_times, strict=True))
+    return [QUIET_MICROSECONDS * time / least_of_yardstick for time in least]
+
+
+@pytest.mark.parametrize("mode", LIMITS)
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_call_costs_little(stem, mode, idle_kernels, bare_op, capsys):
+    x = torch.zeros(1, 8, 4, 4)
+    w = torch.zeros(8, 1, 3, 3)
+    x.requires_grad_(mode == "gradient")
+    registered, public = calls(x)[stem]
+
+    def bare():
+        return bare_op(w, w, 1, 1, 1, "cpu")
+
+    found = quiet_microseconds((registered, public), bare)
+    with capsys.disabled():
+        print(f"\n{stem} {mode}: op {found[0]:.1f} us, with checks and choice {found[1]:.1f} us")
+    assert found[0] <= (WHOLE_BLOCK_LIMITS if stem == "irmb" else LIMITS)[mode]
