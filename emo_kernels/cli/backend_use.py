@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from emo_kernels.accelerate import accelerate
+from emo_kernels.backends import unavailable
 from emo_kernels.explain import explain
 
 
@@ -32,7 +33,9 @@ def backend_use(model: nn.Module, x: Tensor) -> dict[str, Any]:
 
 
 def describe(use: dict[str, Any], mode: str) -> str:
-    """One line for a person: the backends of ``mode``, ``inference`` or ``training``."""
+    """For a person: the backends of ``mode``, ``inference`` or ``training``, and why not another
+    that works on this machine.
+    """
     runs = ", ".join(
         f"{_PLAIN if name == 'reference' else name} runs {count} of {use['blocks']} blocks"
         for name, count in sorted(use[mode].items(), key=lambda item: -item[1])
@@ -42,6 +45,7 @@ def describe(use: dict[str, Any], mode: str) -> str:
         lines += [
             f"  not {reason['backend']} for {reason['blocks']}: {reason['reason']}"
             for reason in use[f"{mode}_reasons"]
+            if unavailable(reason["backend"]) is None
         ]
     return "\n".join(lines)
 

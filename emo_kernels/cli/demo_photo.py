@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emo_kernels.cli.images import centre_crop, normalized, open_photo, random_crop
 from emo_kernels.cli.memory import peak_megabytes
-from emo_kernels.cli.pairs import Pair, build_pair, compare_pair, variants
+from emo_kernels.cli.pairs import VARIANTS, Pair, build_pair, compare_pair, variants
 from emo_kernels.cli.timing import interleaved
 
 MODEL = "emo_5m"
@@ -49,7 +49,7 @@ def build(device: torch.device, backend: str | None) -> Pair:
 
 
 def compare(
-    pair: Pair, image: Image.Image, *, backend: str | None, seconds: float
+    pair: Pair, image: Image.Image, *, backend: str | None, seconds: float, min_rounds: int
 ) -> dict[str, Any]:
     """Numbers, times and memory of both models on the centre crop and on the whole photo.
 
@@ -57,34 +57,33 @@ def compare(
         pair: from :func:`build`.
         image: the photo.
         backend: as :func:`accelerate` took it.
-        seconds: of timing for each input.
+        seconds: of timing for each input, but at least ``min_rounds``.
     """
     device = next(pair.plain.parameters()).device
     pictures = (centre_crop(image, 224), own_size(image))
     inputs = [normalized(picture)[None].to(device) for picture in pictures]
     peaks = {}
-    for variant in pair._fields:
+    for variant in VARIANTS:
         peaks[variant], method = peak_megabytes(
-            pair.plain,
-            MODEL,
-            {},
-            inputs,
-            accelerated=variant == "accelerated",
-            backend=backend,
+            pair.plain, MODEL, {}, inputs, variant=variant, backend=backend
         )
     rows = []
     for i, x in enumerate(inputs):
-        megabytes = {variant: peaks[variant][i] for variant in pair._fields}
-        rows.append({**_measure(pair, x, seconds), "peak_megabytes": megabytes})
+        megabytes = {variant: values[i] for variant, values in peaks.items()}
+        rows.append({**_measure(pair, x, seconds, min_rounds), "peak_megabytes": megabytes})
     return {"memory_is": method, "inputs": rows}
 
 
-def _measure(pair: Pair, x: Tensor, seconds: float) -> dict[str, Any]:
+def _measure(pair: Pair, x: Tensor, seconds: float, min_rounds: int) -> dict[str, Any]:
     height, width = x.shape[-2:]
     agreement = compare_pair(pair, x)
     with torch.inference_mode():
         timings = interleaved(
-            variants(pair, x), seconds=seconds, device=x.device, label=f"time {height}x{width}"
+            variants(pair, x),
+            seconds=seconds,
+            device=x.device,
+            label=f"time {width} x {height}",
+            min_rounds=min_rounds,
         )
     plain = min(t.median for name, t in timings.items() if name != "accelerated")
     return {

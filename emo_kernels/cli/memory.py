@@ -9,19 +9,21 @@ allocator's peak.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from emo_kernels.cli.backend_use import accelerate_quietly
+from emo_kernels.cli.pairs import forward_of
 from emo_kernels.models import create_model
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -33,7 +35,7 @@ def peak_megabytes(
     settings: dict[str, Any],
     inputs: Sequence[Tensor],
     *,
-    accelerated: bool,
+    variant: str,
     backend: str | None,
 ) -> tuple[list[float], str]:
     """Peak megabytes that a forward pass adds, one for each input, and how they were measured.
@@ -42,7 +44,8 @@ def peak_megabytes(
         model: the plain model, for its weights.
         name, settings: what :func:`create_model` made it from.
         inputs: (N, C, H, W) each; run from the smallest to the largest.
-        accelerated, backend: as :func:`accelerate` takes it.
+        variant: one of :data:`emo_kernels.cli.pairs.VARIANTS`.
+        backend: of the accelerated variant.
     """
     order = sorted(range(len(inputs)), key=lambda i: inputs[i].numel())
     request = {
@@ -50,7 +53,7 @@ def peak_megabytes(
         "settings": settings,
         "state": model.state_dict(),
         "inputs": [inputs[i] for i in order],
-        "accelerated": accelerated,
+        "variant": variant,
         "backend": backend,
         "threads": torch.get_num_threads(),
     }
@@ -77,6 +80,16 @@ def _resident() -> tuple[float, float]:
     return now / 1024, peak / 1024
 
 
+def _cuda_peak() -> float:
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def _return_free_memory() -> None:
+    """Free memory that malloc keeps would hide what a forward pass takes."""
+    with contextlib.suppress(AttributeError, OSError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _reset_peak() -> bool:
     try:
         _CLEAR.write_text("5")
@@ -93,24 +106,24 @@ def _measure(path: str) -> dict[str, Any]:
     model.load_state_dict(request["state"])
     device = request["inputs"][0].device
     model.to(device)
-    if request["accelerated"]:
-        accelerate_quietly(model, request["backend"])
-    peaks = []
+    model(request["inputs"][0][..., :32, :32])  # libraries load and set themselves up
+    peak: Callable[[], float]
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device) / 2**20
-        for x in request["inputs"]:
-            torch.cuda.reset_peak_memory_stats(device)
-            model(x)
-            peaks.append(torch.cuda.max_memory_allocated(device) / 2**20 - before)
-        return {"peaks": peaks, "method": "peak of torch's CUDA allocator above the loaded model"}
-    method = "high-water mark of resident memory above the loaded model, in a child process"
-    if not _reset_peak():
-        method = "peak resident memory of a child process (ru_maxrss) above the loaded model"
-    before = _resident()[0]
+        method = "peak of torch's CUDA allocator above the loaded model"
+        before, peak = torch.cuda.memory_allocated(device) / 2**20, _cuda_peak
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        method = "high-water mark of resident memory above the loaded model, in a child process"
+        _return_free_memory()
+        if not _reset_peak():
+            method = "peak resident memory of a child process (ru_maxrss) above the loaded model"
+        before, peak = _resident()[0], lambda: _resident()[1]
+    call = forward_of(request["variant"], model, request["backend"])
+    peaks = []
     for x in request["inputs"]:
         for _ in range(2):
-            model(x)
-        peaks.append(_resident()[1] - before)
+            call(x)
+        peaks.append(peak() - before)
     return {"peaks": peaks, "method": method}
 
 
