@@ -91,7 +91,7 @@ void run(const IrmbPlan& plan, void* shared, void* own, int64_t* offsets, int th
 }
 
 template <class T>
-constexpr IrmbKernel kKernel = {kPanel<T>, kMostGemmRows, run<T>};
+constexpr IrmbKernel kKernel = {kPanel<T>, kMostGemmRows, kChunk / kPanel<T>, run<T>};
 
 }  // namespace
 

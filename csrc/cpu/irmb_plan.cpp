@@ -97,10 +97,6 @@ void check_irmb(const IrmbCall& c) {
 
 namespace {
 
-struct Bytes {
-  int64_t element, per_panel_weights;
-};
-
 int64_t reach(const IrmbCall& c) { return (c.K - 1) * c.dilation; }
 
 // Sizes of a thread's working set for `rows` x `columns` output tiles and `group` panels in flight.
@@ -133,11 +129,13 @@ void choose_tile(IrmbPlan& p, int64_t element) {
     size_tile(p, rows, columns, group, false);
     return thread_bytes(p, element) + group * weights <= kCacheBudget;
   };
+  const int64_t chunk = p.chunk_panels, chunks = ceil_div(p.panels_m, chunk);
   int64_t columns = p.Wo;
-  while (!fits(columns, 1) && columns > 4 * p.gemm_rows) columns = ceil_div(columns, 2);
-  int64_t group = p.panels_m;
-  while (group > 1 && !fits(columns, group)) --group;
-  size_tile(p, rows, columns, ceil_div(p.panels_m, ceil_div(p.panels_m, group)), false);
+  while (!fits(columns, chunk) && columns > 4 * p.gemm_rows) columns = ceil_div(columns, 2);
+  int64_t in_flight = chunks;
+  while (in_flight > 1 && !fits(columns, in_flight * chunk)) --in_flight;
+  const int64_t groups = ceil_div(chunks, in_flight);
+  size_tile(p, rows, columns, std::min(p.panels_m, ceil_div(chunks, groups) * chunk), false);
 }
 
 // Rows cost every thread its halo, panels a meeting of all threads and uneven shares.
@@ -193,6 +191,7 @@ IrmbPlan plan_irmb(const IrmbCall& call, const IrmbKernel& kernel) {
   p.Wo = output_size(call.W, call);
   p.panel = kernel.panel;
   p.gemm_rows = kernel.gemm_rows;
+  p.chunk_panels = kernel.chunk_panels;
   p.panels_c = ceil_div(call.C, p.panel);
   p.panels_m = ceil_div(call.M, p.panel);
   p.panels_o = ceil_div(call.O, p.panel);

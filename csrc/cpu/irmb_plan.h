@@ -15,6 +15,7 @@ struct IrmbPlan {
   int threads;
 
   int64_t panel, gemm_rows;              // channels of a panel, most pixels of a GEMM tile
+  int64_t chunk_panels;                  // panels that are summed in one go
   int64_t panels_c, panels_m, panels_o;  // panels of each channel count
 
   // By rows: threads share out N * Ho output rows, each walks its rows in tiles. By panels: threads
@@ -36,7 +37,7 @@ struct IrmbPlan {
 };
 
 struct IrmbKernel {
-  int64_t panel, gemm_rows;
+  int64_t panel, gemm_rows, chunk_panels;
   void (*run)(const IrmbPlan& plan, void* shared, void* own, int64_t* offsets, int thread,
               int threads, void (*barrier)());
 };

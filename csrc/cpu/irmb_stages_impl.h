@@ -335,8 +335,8 @@ void Stages<T>::shrink_share(int thread, int threads) {
   for (int64_t unit = tiles * plan.panels_o * thread / threads; unit < end;) {
     const int64_t panel = unit / tiles, tile0 = unit % tiles;
     const int64_t tile1 = min(tiles, tile0 + end - unit);
-    shrink_panel(panel, tile0 * kShareRows, min(pixels, tile1 * kShareRows), shared_ + plan.d_shared,
-                 plan.tile_pixels * P, 0, call_.M);
+    shrink_panel(panel, tile0 * kShareRows, min(pixels, tile1 * kShareRows),
+                 shared_ + plan.d_shared, plan.tile_pixels * P, 0, call_.M);
     unit += tile1 - tile0;
   }
 }

@@ -1,0 +1,392 @@
+"""The CPU block kernel beyond the contract: instruction sets, threads, staleness, memory.
+
+``test_irmb.py`` holds the backend to the contract with the instruction set this machine chooses.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import integers, irmb_case
+from memory import poisoned_memory, with_layout
+from numerics import assert_bitwise_equal, assert_equal, assert_kernel_close, round_all
+from shapes import TABLE, Row, feature_map, rows, weights
+from torch import Tensor
+
+from emo_kernels import _C, cpu, reference
+from emo_kernels.spec import IRMBSpec, IRMBWeights
+
+HERE = Path(__file__).parent
+ISAS = _C.available_isas()
+FP32, FP64 = torch.float32, torch.float64
+
+
+def rounded(row: Row, dtype: torch.dtype, **data: str) -> tuple[Tensor, IRMBWeights]:
+    """The row's input and weights in a dtype."""
+    w = weights(row)
+    return feature_map(row, **data).to(dtype), IRMBWeights(
+        *[None if t is None else t.to(dtype) for t in w]
+    )
+
+
+def supported(row: Row) -> bool:
+    x, w = rounded(replace(row, n=0), FP32)
+    return cpu.irmb_unsupported(x, w, row.spec()) is None
+
+
+EXTRA = [
+    Row("dilated_skip", c=16, m=40, o=16, h=20, w=31, n=1, dilation=1, kernel=5, norm="layer"),
+    Row("wide_700_k7", c=24, m=64, o=24, h=6, w=700, n=1, kernel=7),
+    Row("wide_many_panels", c=40, m=700, o=40, h=5, w=260, n=1, kernel=5, norm="layer"),
+    Row("even_kernel", c=16, m=24, o=20, h=9, w=10, kernel=4, stride=2, skip=False),
+    Row("stride_beyond_kernel", c=16, m=24, o=20, h=9, w=10, kernel=2, stride=3, skip=False),
+    Row("silu_everywhere", c=72, m=216, o=72, h=9, w=28, n=3, gamma=True),
+]
+ROWS = [row for row in [*TABLE, *EXTRA] if supported(row)]
+FEW = [
+    *rows("odd_c21_m31", "excite_with_skip", "stride_2_13x9", "kernel_7", "batch_5", "dilated"),
+    *EXTRA,
+]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("EMO_KERNELS_ISA", request.param)
+    assert _C.selected_isa() == request.param
+    yield request.param
+
+
+def by_row(table: list[Row]) -> pytest.MarkDecorator:
+    marked = [pytest.param(r, id=r.name, marks=[pytest.mark.slow] * r.slow) for r in table]
+    return pytest.mark.parametrize("row", marked)
+
+
+@by_row(ROWS)
+def test_fp32_follows_the_rule(isa: str, row: Row) -> None:
+    x, w = rounded(row, FP32)
+    w64 = IRMBWeights(*[None if t is None else t.double() for t in w])
+    want = reference.irmb(x.double(), w64, row.spec())
+    with poisoned_memory("nan"):
+        got = cpu.irmb(x, w, row.spec())
+    eager = reference.irmb(x, w, row.spec())
+    assert_kernel_close(got, want, eager, FP32, name=f"irmb {row.name} {isa}")
+
+
+@by_row(ROWS)
+def test_fp64_runs_the_same_code(row: Row) -> None:
+    x, w = rounded(row, FP64)
+    want = reference.irmb(x, w, row.spec())
+    with poisoned_memory("huge"):
+        got = cpu.irmb(x, w, row.spec())
+    assert_kernel_close(got, want, None, FP64, name=f"irmb {row.name}")
+
+
+@by_row(FEW)
+@pytest.mark.parametrize("data", ["offset1000", "large", "tiny", "constant_channels"])
+def test_hard_data(isa: str, row: Row, data: str) -> None:
+    x, w = rounded(row, FP32, data=data)
+    w64 = IRMBWeights(*[None if t is None else t.double() for t in w])
+    want = reference.irmb(x.double(), w64, row.spec())
+    eager = reference.irmb(x, w, row.spec())
+    got = cpu.irmb(x, w, row.spec())
+    assert_kernel_close(got, want, eager, FP32, name=f"irmb {row.name} {data}")
+
+
+@pytest.mark.parametrize("name", ["unexpanded", "one_to_three", "odd_c21_m31"])
+def test_integers_are_exact(isa: str, name: str) -> None:
+    """SiLU is exact at zero alone: the stencil's weights and shifts are zero."""
+    row = replace(rows(name)[0], norm="none", act="relu")
+    case = integers(irmb_case(row), largest=1)
+    tensors = round_all(case.tensors, FP32)
+    x = tensors.pop("x")
+    assert x is not None
+    for key in ("dw_weight", "bn_bias", "bn_mean"):
+        tensors[key] = torch.zeros_like(tensors[key])  # type: ignore[arg-type]
+    tensors["bn_var"] = torch.ones_like(tensors["bn_mean"])  # type: ignore[arg-type]
+    w = IRMBWeights(**{k: t for k, t in tensors.items() if k in IRMBWeights._fields})
+    w64 = IRMBWeights(*[None if t is None else t.double() for t in w])
+    want = reference.irmb(x.double(), w64, row.spec())
+    assert_equal(cpu.irmb(x, w, row.spec()), want, name=f"irmb {name}")
+
+
+@by_row(FEW)
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "channels_last", "transposed", "sliced", "offset", "expanded"]
+)
+def test_layouts_change_nothing(row: Row, layout: str) -> None:
+    x, w = rounded(row, FP32)
+    x = with_layout(x, layout)
+    dense = x.clone(memory_format=torch.contiguous_format)
+    want = cpu.irmb(dense, w, row.spec())
+    got = cpu.irmb(
+        x, IRMBWeights(*[t if t is None else with_layout(t, "sliced") for t in w]), row.spec()
+    )
+    assert_bitwise_equal(got, want, name=f"irmb {row.name} {layout}")
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@by_row([*FEW, *rows("5m_stage4_down", "5m_stage3_down_small", "1m_stage0_small")])
+def test_threads_and_batch_change_no_bit(isa: str, row: Row) -> None:
+    x, w = rounded(replace(row, n=5), FP32)
+    spec = row.spec()
+    torch.set_num_threads(1)
+    want = cpu.irmb(x, w, spec)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert_bitwise_equal(cpu.irmb(x, w, spec), want, name=f"{row.name}, {threads} threads")
+        one = torch.cat([cpu.irmb(image, w, spec) for image in x.split(1)])
+        assert_bitwise_equal(one, want, name=f"{row.name}, {threads} threads, by image")
+
+
+def test_changed_weights_are_always_seen() -> None:
+    """In place, through .data, by optimizer, in a reused buffer, and running statistics."""
+    row = rows("odd_c21_m31")[0]
+    x, w = rounded(row, FP32)
+    spec = row.spec()
+
+    def check(what: str) -> None:
+        got, want = cpu.irmb(x, w, spec), reference.irmb(x, w, spec)
+        torch.testing.assert_close(got, want, msg=lambda m: f"after {what}: {m}")
+
+    check("nothing")
+    for name, tensor in w.present():
+        tensor.data.view(-1)[-1] += 0.5  # one element, no version bump
+        check(f".data edit of {name}")
+        tensor.mul_(1.25)
+        check(f"in-place change of {name}")
+    assert w.v_weight is not None
+    w.v_weight.data.copy_(torch.randn_like(w.v_weight))
+    check("a reused buffer")
+
+
+def probe(values: Tensor, act: str) -> Tensor:
+    """act(values) out of the kernel, exactly: channel 0 takes them, channel 1 shows them."""
+    x = torch.stack([values, torch.zeros_like(values)]).reshape(1, 2, -1, 64)
+    eye, ones, zeros = torch.eye(2).reshape(2, 2, 1, 1), torch.ones(2), torch.zeros(2)
+    swap = eye.flip(0)
+    statistics = IRMBWeights(bn_mean=zeros, bn_var=ones, proj_weight=swap)
+    if act == "silu":  # the activation behind the depthwise convolution
+        w = statistics._replace(dw_weight=torch.ones(2, 1, 1, 1))
+        out = cpu.irmb(x, w, IRMBSpec(padding=0, bn_eps=0.0, skip=False))
+    else:  # the expansion's, shown by the local skip around a convolution that gives nothing
+        w = statistics._replace(dw_weight=torch.zeros(2, 1, 1, 1), v_weight=eye)
+        out = cpu.irmb(x, w, IRMBSpec(padding=0, bn_eps=0.0, act=act))
+    return out[0, 1].flatten()
+
+
+def every_997th_float() -> Tensor:
+    bits = torch.arange(-(2**31), 2**31, 997, dtype=torch.int64).to(torch.int32)
+    values = bits.view(torch.float32)
+    values = values[values.isfinite()]
+    return values[: values.numel() // 64 * 64]
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "relu", "none"])
+def test_activation_error_over_all_floats(isa: str, act: str) -> None:
+    """The bounds that csrc/cpu/activation.h states, in units of 2^-24."""
+    x = torch.cat([every_997th_float(), torch.linspace(-20, 20, 640_000)])
+    got, exact = probe(x, act).double(), x.double()
+    if act == "silu":
+        want, bound = torch.nn.functional.silu(exact), 6.0
+        scale = want.abs().clamp_min(0.25)
+    elif act == "gelu":
+        want, bound = torch.nn.functional.gelu(exact), 6.0
+        scale = exact.abs().clamp_min(0.25)
+    else:
+        want, bound = exact.relu() if act == "relu" else exact, 0.0
+        scale = torch.ones_like(want)
+    units = (got - want).abs() / scale * 2.0**24
+    worst = int(units.argmax())
+    assert units[worst] <= bound, f"{act}({x[worst]}) = {got[worst]}, off by {units[worst]} units"
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "relu", "none"])
+def test_activation_of_special_values(isa: str, act: str) -> None:
+    special = torch.tensor(
+        [float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 3e38, -3e38, 1e-45]
+    )
+    function = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}.get(
+        act, torch.relu if act == "relu" else torch.clone
+    )
+    want = function(special.double()).float()
+    x = torch.zeros(8, 64)
+    for i, value in enumerate(special):  # one at a time: a row of zeros else
+        x.zero_()
+        x[0, 0] = value
+        got = probe(x.flatten(), act)[0]
+        # Channel 1 is 0 * value + ..., NaN for infinite values: only finite ones are shown there.
+        if value.isfinite():
+            torch.testing.assert_close(got, want[i], rtol=1e-5, atol=1e-30)
+        else:
+            assert not got.isfinite() or act == "relu"
+
+
+def test_two_python_threads_at_once() -> None:
+    torch.set_num_threads(2)
+    row = rows("5m_stage2_small")[0]
+    x, w = rounded(row, FP32)
+    other = replace(row, c=48, m=96, o=48, name="other")
+    jobs = [(x, w, row.spec()), (*rounded(other, FP32), other.spec())]
+    want = [cpu.irmb(*job) for job in jobs]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(50):
+            if not torch.equal(cpu.irmb(*jobs[index]), want[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+FORKED = """
+import os, sys
+sys.path.insert(0, {here!r})
+import torch
+from test_irmb_cpu import cpu, rounded, rows
+torch.set_num_threads(2)
+row = rows("5m_stage1_small")[0]
+x, w = rounded(row, torch.float32)
+want = cpu.irmb(x, w, row.spec())
+child = os.fork()
+if child == 0:
+    same = torch.equal(cpu.irmb(x, w, row.spec()), want)
+    os._exit(0 if same else 3)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(cpu.irmb(x, w, row.spec()), want)
+"""
+
+GUARDED = """
+import sys
+sys.path.insert(0, {here!r})
+import torch
+from memory import guarded
+from test_irmb_cpu import FEW, IRMBWeights, cpu, rounded
+torch.set_num_threads(1)
+for side in ("left", "right"):
+    for row in FEW:
+        x, w = rounded(row, torch.float32)
+        want = cpu.irmb(x, w, row.spec())
+        x = guarded(x.contiguous(memory_format=torch.channels_last), side)
+        w = IRMBWeights(*[t if t is None else guarded(t, side) for t in w])
+        assert torch.equal(cpu.irmb(x, w, row.spec()), want), (row.name, side)
+"""
+
+
+def in_subprocess(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", script.format(here=str(HERE))],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_forked_child_runs_serially() -> None:
+    in_subprocess(FORKED)
+
+
+@pytest.mark.slow
+def test_reads_nothing_beyond_its_tensors(isa: str) -> None:
+    in_subprocess(GUARDED)
+
+
+def test_output_fills_its_tensor_and_nothing_else() -> None:
+    """Sentinels around an output of the raw entry point."""
+    row = rows("odd_c21_m31")[0]
+    x, w = rounded(row, FP32)
+    want = cpu.irmb(x, w, row.spec())
+    border = 1024
+    memory = torch.full((want.numel() + 2 * border,), -7.5)
+    raw_call(x, w, row, out=memory.data_ptr() + 4 * border)
+    got = memory[border:-border].reshape(row.n, row.h, row.w, row.o).permute(0, 3, 1, 2)
+    assert_bitwise_equal(got, want, name="out")
+    assert (memory[:border] == -7.5).all() and (memory[-border:] == -7.5).all()
+
+
+def raw_call(image: Tensor, w: IRMBWeights, row: Row, **changes: object) -> None:
+    """The entry point of ``_C`` with correct arguments, but for ``changes``."""
+    dense = image.contiguous(memory_format=torch.channels_last)
+    tensors = [*w[:4], *w[6:]]
+    arguments = {
+        "dtype": 0,
+        "x": dense.data_ptr(),
+        "out": 0,
+        "weights": tuple(0 if t is None else t.data_ptr() for t in tensors),
+        "counts": tuple(0 if t is None else t.numel() for t in tensors),
+        "sizes": (row.n, row.c, row.h, row.w, row.m, row.o, row.kernel, 0),
+        "switches": (1, 3, row.stride, row.padding, row.dilation, int(row.skip)),
+        "norm_eps": 1e-6,
+        "bn_eps": 1e-6,
+        "threads": 1,
+    }
+    _C.irmb(**{**arguments, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": 7}, "dtype must be"),
+        ({"x": 0}, "must not be null"),
+        ({"out": 0}, "must not be null"),
+        ({"weights": (0,) * 17}, "is missing"),
+        ({"weights": (0,) * 3}, "must have 17 entries"),
+        ({"counts": (1,) * 17}, "must have 21 elements, got 1"),
+        ({"sizes": (2, 21, 13, 9, 31, 21, 65, 0)}, "K must lie in 1..64, got 65"),
+        ({"sizes": (2, -21, 13, 9, 31, 21, 3, 0)}, "C must lie in"),
+        ({"sizes": (2**39, 21, 2**20, 2**20, 31, 21, 3, 0)}, "more than 2\\^63 bytes"),
+        ({"switches": (9, 3, 1, 1, 1, 1)}, "unknown norm"),
+        ({"switches": (1, 9, 1, 1, 1, 1)}, "unknown activation"),
+        ({"switches": (1, 3, 0, 1, 1, 1)}, "stride must lie in"),
+        ({"switches": (1, 3, 2, 1, 1, 1)}, "a skip needs stride 1"),
+        ({"switches": (1, 3, 1, 0, 9, 0)}, "does not fit the map"),
+        ({"threads": 0}, "threads must lie in"),
+    ],
+)
+def test_the_entry_point_checks_what_it_relies_on(changes: dict[str, object], message: str) -> None:
+    row = rows("odd_c21_m31")[0]
+    x, w = rounded(row, FP32)
+    out = torch.empty(row.n * row.o * row.h * row.w)
+    with pytest.raises(ValueError, match=f"irmb: .*{message}"):
+        raw_call(x, w, row, **{"out": out.data_ptr(), **changes})
+
+
+def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = rows("odd_c21_m31")[0]
+    x, w = rounded(row, FP32)
+    monkeypatch.setenv("EMO_KERNELS_ISA", "banana")
+    with pytest.raises(ValueError, match=rf"EMO_KERNELS_ISA must be one of {', '.join(ISAS)}"):
+        cpu.irmb(x, w, row.spec())
+
+
+def test_unsupported_blocks_are_named() -> None:
+    x, w = rounded(rows("below_window")[0], FP32)
+    assert "attention" in str(cpu.irmb_unsupported(x, w, rows("below_window")[0].spec()))
+    x, w = rounded(rows("odd_c21_m31")[0], FP32)
+    spec = rows("odd_c21_m31")[0].spec()
+    assert cpu.irmb_unsupported(x, w, spec) is None
+    assert "float32" in str(cpu.irmb_unsupported(x.bfloat16(), w, spec))
+    assert "dw_weight" in str(cpu.irmb_unsupported(x, w._replace(dw_weight=None), spec))
+
+
+@by_row(rows("5m_stage1", "5m_stage2"))
+def test_scratch_of_a_thread_stays_below_a_megabyte(row: Row) -> None:
+    torch.set_num_threads(2)
+    x, w = rounded(row, FP32)
+    _C.release_scratch()
+    before = _C.scratch_bytes()
+    cpu.irmb(x, w, row.spec())
+    assert _C.scratch_bytes() - before < 2 * 2**20
