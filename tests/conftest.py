@@ -39,7 +39,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     test_grid = getattr(metafunc.function, "grid", None)
     if test_grid is not None:
-        cases = grid.combinations(operator, test_grid, vars(metafunc.cls) if metafunc.cls else {})
+        lists = {name: getattr(metafunc.cls, name) for name in dir(metafunc.cls)}
+        cases = grid.combinations(operator, test_grid, lists)
         metafunc.parametrize(("backend", "row", "dtype"), list(cases))
     else:
-        metafunc.parametrize("backend", grid.implementing(operator))
+        slow = getattr(metafunc.function, "reference_is_slow", False)
+        marks = {"reference": [pytest.mark.slow] if slow else []}
+        names = grid.implementing(operator)
+        metafunc.parametrize("backend", [pytest.param(n, marks=marks.get(n, [])) for n in names])

@@ -87,7 +87,8 @@ class FuzzContract(OperatorContract):
             case = self.case(row, seed=data.draw(st.integers(0, 3), label="seed"))
             name = "fp64" if backend == "reference" else data.draw(st.sampled_from(list(DTYPES)))
             if refusal(self.operator, backend, case, DTYPES[name]) is None:
-                self.check(backend, case, DTYPES[name], layouts=layouts)
+                gradients = self.owns_gradient(backend, DTYPES[name])
+                self.check(backend, case, DTYPES[name], layouts=layouts, gradients=gradients)
 
         one()
 

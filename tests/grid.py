@@ -47,6 +47,7 @@ def over(
 ) -> Callable[[_Test], _Test]:
     """Run a test over ``rows`` (names, or lists of the class; none: all) in ``dtypes``.
 
+    Rows from a list of the class whose name ends in ``_slow`` run with the slow tests.
     The reference runs in the dtypes ``reference`` only: in any other it is the very yardstick.
     """
 
@@ -55,6 +56,12 @@ def over(
         return test
 
     return mark
+
+
+def reference_is_slow(test: _Test) -> _Test:
+    """Run a test that costs a process on the kernels, and on the reference with the slow tests."""
+    test.reference_is_slow = True  # type: ignore[attr-defined]
+    return test
 
 
 def device_of(backend: str) -> str:
@@ -85,14 +92,17 @@ def refusal_of_row(operator: str, backend: str, row: Row, dtype: str) -> str | N
 
 def combinations(operator: str, grid: Grid, named: Mapping[str, Sequence[str]]) -> Iterator[Any]:
     """The cases of one test, as pytest parameters; ``named`` has the lists of rows it may name."""
-    rows = shapes.VIEWS[operator]()
+    rows = [(row, row.slow) for row in shapes.VIEWS[operator]()]
     if grid.rows is not None:
-        rows = shapes.rows(*(n for name in grid.rows for n in named.get(name, (name,))))
+        listed = [
+            (n, part.endswith("_slow")) for part in grid.rows for n in named.get(part, (part,))
+        ]
+        rows = [(shapes.rows(name)[0], slow) for name, slow in listed]
     for backend in implementing(operator):
         dtypes = grid.dtypes if backend != "reference" else grid.reference_dtypes
-        for row in rows:
+        for row, slow in rows:
             for dtype in dtypes:
                 if refusal_of_row(operator, backend, row, dtype) is None:
-                    marks = [pytest.mark.slow] if row.slow else []
+                    marks = [pytest.mark.slow] if slow else []
                     label = f"{backend}-{row.name}-{dtype}"
                     yield pytest.param(backend, row, DTYPES[dtype], id=label, marks=marks)

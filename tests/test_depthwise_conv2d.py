@@ -16,7 +16,7 @@ from transforms import TransformContract
 class TestDepthwiseConv2d(TransformContract, RejectContract, FuzzContract):
     operator = "depthwise_conv2d"
     few = ("odd_c21_m31", "stride_2_8x15_k5", "dilated", "row_1x9", "narrow_2x31")
-    traced = ("odd_c21_m31", "stride_2_8x15_k5", "dilated")
+    traced = checked = ("odd_c21_m31", "stride_2_8x15_k5", "dilated")
     integer_rows = ("odd_c21_m31", "stride_2_13x9", "stride_2_8x15_k5", "pixel", "column_9x1")
     tiny = (
         Row("tiny", c=3, m=3, o=3, h=4, w=5, n=2),

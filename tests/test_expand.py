@@ -19,7 +19,7 @@ from transforms import TransformContract
 class TestExpand(TransformContract, RejectContract, FuzzContract):
     operator = "expand"
     few = ("odd_c21_m31", "ragged_c21", "post_expansion_grouped", "neither", "no_bias", "no_norm")
-    traced = ("odd_c21_m31", "post_expansion_grouped", "no_norm")
+    traced = checked = ("odd_c21_m31", "post_expansion_grouped", "no_norm")
     integer_rows = ("no_norm", "excite_with_skip", "one_to_three", "pixel_global")
     tiny = (
         Row("tiny_layer", c=4, m=6, o=4, h=2, w=3, norm="layer", act="gelu"),

@@ -30,7 +30,10 @@ class TestIRMB(TransformContract, RejectContract, FuzzContract):
         "unexpanded",
         "attention_only",
     )
-    traced = ("odd_c21_m31", "excite_with_skip", "below_window", "conv_then_attention")
+    traced = ("odd_c21_m31", "excite_with_skip", "below_window")
+    traced_slow = ("conv_then_attention", "post_expansion_grouped", "dilated")
+    checked = ("odd_c21_m31", "excite_with_skip")
+    checked_slow = ("below_window", "conv_then_attention")
     integer_rows = ("unexpanded", "one_to_three")
     integer_gradients = False  # they hold 1 / sqrt(var + eps)
     tiny = (

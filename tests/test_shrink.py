@@ -20,7 +20,7 @@ TERMS = ("scale", "local", "residual", "gate", "drop_scale")
 class TestShrink(TransformContract, RejectContract, FuzzContract):
     operator = "shrink"
     few = ("1m_stage0_small", "excite_with_skip", "no_skip", "attention_only", "stride_2_13x9")
-    traced = ("excite_with_skip", "stride_2_13x9", "attention_only")
+    traced = checked = ("excite_with_skip", "stride_2_13x9", "attention_only")
     integer_rows = ("pixel", "row_1x9", "stride_2_1x1", "excite_with_skip")
     tiny = (
         Row("tiny_all", c=3, m=4, o=3, h=2, w=3, se=2),

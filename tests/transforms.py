@@ -27,10 +27,14 @@ class TransformContract(OperatorContract):
     """Derivatives of any order, ``opcheck``, compilation, export, ``torch.func``.
 
     Attributes:
-        traced: names of rows that are compiled, exported and checked: seconds each.
+        traced, traced_slow: names of rows that are compiled and exported: seconds each.
+        checked, checked_slow: names of rows that go through ``opcheck``.
     """
 
     traced: ClassVar[tuple[str, ...]]
+    traced_slow: ClassVar[tuple[str, ...]] = ()
+    checked: ClassVar[tuple[str, ...]]
+    checked_slow: ClassVar[tuple[str, ...]] = ()
 
     # ------------------------------------------------------------------------------------- tools
 
@@ -129,10 +133,11 @@ class TransformContract(OperatorContract):
             dtype,
             oracle=getattr(oracle, self.operator),
             layouts=Layouts(maps=layout, grad=layout),
+            gradients=layout == "contiguous" or self.owns_gradient(backend, dtype),
             name=f"torch.ops.emo_kernels.{self.operator}",
         )
 
-    @over("traced", dtypes=("fp32",), reference=("fp32",))
+    @over("checked", "checked_slow", dtypes=("fp32",), reference=("fp32",))
     def test_opcheck(self, backend: str, row: Row, dtype: torch.dtype) -> None:
         case = self.case(row)
         values = round_all(case.tensors, dtype)
@@ -144,7 +149,7 @@ class TransformContract(OperatorContract):
 
     # --------------------------------------------------------------------- compilation and export
 
-    @over("traced", dtypes=("fp32",))
+    @over("traced", "traced_slow", dtypes=("fp32",))
     def test_compiles_once_for_all_sizes(self, backend: str, row: Row, dtype: torch.dtype) -> None:
         """One graph without breaks for any H and W, forward and backward."""
         for call in (self.kernel(backend), registered(self.operator, backend)):
@@ -161,7 +166,7 @@ class TransformContract(OperatorContract):
                 _assert_close(got, want, dtype)
             assert counter.frame_count == 1, f"{counter.frame_count} graphs were compiled"
 
-    @over("traced", dtypes=("fp32",))
+    @over("traced", "traced_slow", dtypes=("fp32",))
     def test_exports_standard_operators(self, backend: str, row: Row, dtype: torch.dtype) -> None:
         """``torch.export`` sees torch's own operators, with H and W free, and equal results."""
         kernel = self.kernel(backend)

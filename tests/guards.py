@@ -1,0 +1,104 @@
+"""A child process that runs an operator where a wrong address kills: ``python guards.py ...``.
+
+``python guards.py pages OPERATOR BACKEND ROW...``: every tensor ends, then begins, at an
+inaccessible page. ``python guards.py far OPERATOR BACKEND ROW...``: the images of the map lie
+2^30 elements apart, so that offsets pass 2^31. Results must equal those of ordinary memory; the
+last line printed names the call that died.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from dataclasses import replace
+
+import memory
+import shapes
+import torch
+from cases import CASES, function
+from grid import DTYPES, refusal
+from numerics import MAPS, Case, round_all, run
+from torch import Tensor
+
+from emo_kernels import backends, ops
+
+IMAGE_STRIDE = 2**30 + 8
+NORESERVE = 0x4000  # Linux's; the mmap module names it from Python 3.13 on
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """The map with its images 2^30 elements apart in address space that is mostly never touched."""
+    n, _c, h, w = x.shape
+    elements = (n - 1) * IMAGE_STRIDE + x[0].numel()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
+    space = mmap.mmap(-1, elements * x.element_size(), flags=flags)
+    flat = torch.frombuffer(space, dtype=x.dtype, count=elements)
+    return torch.as_strided(flat, x.shape, (IMAGE_STRIDE, h * w, w, 1)).copy_(x)
+
+
+def calls(operator: str, backend: str, case: Case) -> dict[str, Tensor]:
+    """Output, and gradients where they are the backend's own."""
+    wanted = case.differentiable() if backends.has(backend, f"{operator}_backward") else []
+    kernel = function(operator, getattr(ops, operator), backend=backend)
+    out = run(kernel, case.tensors, case.options)["out"]
+    return run(kernel, case.tensors, case.options, wanted, torch.ones_like(out))
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], backend: str) -> None:
+    """Equal bits; to rounding from torch itself, which picks its path by alignment and strides."""
+    for name, value in got.items():
+        if backend != "reference":
+            assert torch.equal(value, want[name]), name
+        error = float((value - want[name]).double().norm())
+        assert error <= 1e-2 * float(want[name].double().norm()), name
+
+
+def _guarded(name: str, tensor: Tensor | None, layout: str, side: str) -> Tensor | None:
+    if tensor is None:
+        return None
+    return memory.guarded(memory.with_layout(tensor, layout) if name in MAPS else tensor, side)
+
+
+def pages(operator: str, backend: str, case: Case, label: str) -> None:
+    """Each side, each dense layout."""
+    want = calls(operator, backend, case)
+    for side in ("right", "left"):
+        for layout in ("contiguous", "channels_last"):
+            print(label, side, layout, flush=True)
+            tensors = {n: _guarded(n, t, layout, side) for n, t in case.tensors.items()}
+            got = calls(operator, backend, replace(case, tensors=tensors))
+            assert_same(got, want, backend)
+
+
+def far(operator: str, backend: str, case: Case, label: str) -> None:
+    """Every map of the call in turn."""
+    want = calls(operator, backend, case)
+    for name in MAPS:
+        tensor = case.tensors.get(name)
+        if tensor is not None:
+            print(label, name, flush=True)
+            tensors = {**case.tensors, name: far_apart(tensor)}
+            got = calls(operator, backend, replace(case, tensors=tensors))
+            assert_same(got, want, backend)
+
+
+def main(mode: str, operator: str, backend: str, *names: str) -> None:
+    """Run every row in every dtype that the backend takes."""
+    torch.set_num_threads(1)
+    done = 0
+    for row in shapes.rows(*names):
+        for dtype in ("fp32", "bf16", "fp16", "fp64"):
+            if mode == "far" and dtype != "fp32":
+                continue
+            case = CASES[operator](replace(row, n=3))
+            case.tensors = round_all(case.tensors, DTYPES[dtype])
+            if refusal(operator, backend, case, DTYPES[dtype]) is None:
+                check = {"pages": pages, "far": far}[mode]
+                check(operator, backend, case, f"{row.name} {dtype}")
+                done += 1
+    print(f"survived {done} calls")
+    assert done
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
