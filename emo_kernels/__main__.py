@@ -92,8 +92,9 @@ def _run(command: str, arguments: Sequence[str]) -> int:
 
 
 def _missing_library(command: str, error: ModuleNotFoundError) -> str:
-    install = INSTALL.get(command, error.name)
-    return f"{command} needs {error.name}, which is not installed: pip install {install}"
+    library = str(error.name).split(".")[0]
+    install = INSTALL.get(command, library)
+    return f"{command} needs {library}, which is not installed: pip install {install}"
 
 
 def _fail(message: str, status: int = BAD_INPUT) -> int:

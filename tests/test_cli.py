@@ -15,12 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
+import emo_kernels
+from emo_kernels import available_backends, create_backbone, create_model, save_checkpoint
 from emo_kernels.__main__ import COMMANDS, main
-from emo_kernels.cli import demo, files, images, options, training
+from emo_kernels.cli import check, check_cases, demo, files, images, options, training
 from emo_kernels.cli.pairs import compare
 
 # A model small enough for a test, with both kinds of block.
-TINY = ["depths=(1,1,2,1)"]
+TINY = ["depths=(1,1,2,1)", "dims=(16,24,40,42)", "dim_heads=(8,8,20,21)", "stem_dim=8"]
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, object]:
@@ -110,40 +112,36 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
     assert f"usage: emo-kernels {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("command", "library", "install"),
-    [
-        ("demo", "sklearn", "pip install 'emo_kernels[demo]'"),
-        ("demo", "matplotlib", "pip install 'emo_kernels[demo]'"),
-        ("train", "PIL", "pip install 'emo_kernels[demo]'"),
-        ("export", "onnxscript", "pip install onnx onnxscript onnxruntime"),
-    ],
-)
-def test_missing_library_is_named_with_the_way_to_install_it(
-    command: str,
-    library: str,
-    install: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    for name in list(sys.modules):
-        if name.startswith("emo_kernels.cli."):
-            monkeypatch.delitem(sys.modules, name)
-        if name.split(".")[0] == library:
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, library, None)
-    assert main([command, "x", "y"]) == 2
-    error = capsys.readouterr().err
-    assert f"{command} needs {library}" in error
-    assert install in error
-    assert error.count("\n") == 1
+def test_missing_library_is_named_with_the_way_to_install_it() -> None:
+    code = """
+import sys
+from emo_kernels.__main__ import main
+for command, library in [line.split() for line in sys.argv[1:]]:
+    sys.modules[library] = None  # as if it were not installed
+    assert main([command, "--help"]) == 2
+    del sys.modules[library]
+"""
+    missing = ["demo matplotlib", "demo sklearn", "train PIL", "export onnxscript"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *missing], capture_output=True, text=True, check=True
+    )
+    extra = "'emo_kernels[demo]'"
+    assert done.stderr.splitlines() == [
+        f"emo-kernels: demo needs matplotlib, which is not installed: pip install {extra}",
+        f"emo-kernels: demo needs sklearn, which is not installed: pip install {extra}",
+        f"emo-kernels: train needs PIL, which is not installed: pip install {extra}",
+        "emo-kernels: export needs onnxscript, which is not installed: "
+        "pip install onnx onnxscript onnxruntime",
+    ]
 
 
 def test_package_imports_no_optional_library() -> None:
     code = (
-        "import sys, emo_kernels\n"
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"  # torch itself imports tqdm where it is installed
+        "import emo_kernels\n"
         "optional = {'sklearn', 'matplotlib', 'PIL', 'tqdm', 'onnx', 'emo_kernels.cli'}\n"
-        "print(sorted(optional & set(sys.modules)))"
+        "print(sorted(optional & (set(sys.modules) - before)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -278,7 +276,7 @@ def test_random_crop_depends_on_its_seed_alone(photo: Path) -> None:
 
 
 def train(out: Path, *more: str, data: str = "digits") -> list[str]:
-    small = ["--set", *TINY, "--batch", "128", "--epochs", "3", "--lr", "0.003"]
+    small = ["--set", *TINY, "--batch", "256", "--epochs", "3", "--lr", "0.003"]
     return ["train", data, *small, "--out", str(out), "--threads", "1", *more]
 
 
@@ -340,7 +338,7 @@ def test_train_on_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixtu
             noise = rng.integers(-30, 30, (24, 40, 3)) + level
             Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
     argv = train(tmp_path / "out", data=str(tmp_path / "data"))
-    argv[argv.index("128")] = "12"
+    argv[argv.index("256")] = "12"
     status, history = run_json(capsys, *argv, "--side", "32")
     assert status == 0
     assert isinstance(history, list)
@@ -348,7 +346,110 @@ def test_train_on_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 # ------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def convert(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, object]:
+    status, report = run_json(capsys, "convert", *map(str, argv))
+    assert status == 0
+    assert isinstance(report, dict)
+    return report
+
+
+def test_convert_finds_the_model_and_keeps_every_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = create_model("emo_1m", num_classes=7)
+    wrapped = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    source, safe, back = (tmp_path / name for name in ("in.pth", "mid.safetensors", "out.pth"))
+    torch.save({"epoch": 3, "state_dict": wrapped}, source)
+    assert convert(capsys, source, safe)["model"] == "emo_1m"
+    assert convert(capsys, safe, back, "--model", "EMO_1M")["left_out"] == []
+    result = torch.load(back, weights_only=True)
+    assert result.keys() == model.state_dict().keys()
+    assert all(torch.equal(result[name], t) for name, t in model.state_dict().items())
+
+
+def test_convert_a_backbone_with_special_fields(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"depths": (1, 1, 1, 1), "dw_kss": 7}
+    source, target = tmp_path / "in.pth", tmp_path / "out.safetensors"
+    save_checkpoint(create_backbone("emo_5m", in_chans=4, **fields), source)
+    special = [f"{name}={value}" for name, value in fields.items()]
+    report = convert(capsys, source, target, "--set", *special)
+    assert report["model"] == "emo_5m (backbone)"
+    assert target.exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--model", "emo_1m"]], ids=["any", "named"])
+def test_convert_refuses_what_fits_no_model(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "in.pth", tmp_path / "out.pth"
+    torch.save({"head.weight": torch.zeros(10, 168)}, source)
+    assert main(["convert", str(source), str(target), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert ("missing" if more else "fits none of emo_1m") in error
+    assert not target.exists()
+
+
+# ------------------------------------------------------------------------------------------------
 # the longer commands
+
+
+def test_check_passes_on_every_operator_and_backend(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check, "_MODELS", ())
+    status, report = run_json(capsys, "check")
+    assert status == 0
+    assert isinstance(report, dict)
+    compared = {row["what"].split()[0] for row in report["rows"] if row["result"] == "ok"}
+    assert compared == set(emo_kernels.ops.__all__)
+    usable = {name for name, reason in available_backends().items() if reason is None}
+    assert {row["backend"] for row in report["rows"]} == usable
+
+
+def test_check_catches_a_wrong_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = check._results
+
+    def planted(case: check_cases.Case, backend: str, dtype: torch.dtype, device: str) -> object:
+        results = honest(case, backend, dtype, device)
+        return [r * (1 + 1e-5) for r in results] if dtype == torch.float32 else results
+
+    monkeypatch.setattr(check, "_MODELS", ())
+    monkeypatch.setattr(check, "CASES", check_cases.CASES[:1])
+    monkeypatch.setattr(check, "_results", planted)
+    status, report = run_json(capsys, "check")
+    assert status == 1
+    assert isinstance(report, dict)
+    assert [row["result"] for row in report["rows"] if row["backend"] == "reference"] == ["FAILED"]
+    assert main(["check"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_check_with_whole_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    assert "whole model" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_export_runs_in_onnx_runtime(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime judges the exported file")
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs it")
+    out = tmp_path / "model.onnx"
+    argv = ["export", "emo_1m", str(out), "--set", *TINY, "--size", "64", "--check"]
+    status, report = run_json(capsys, *argv)
+    assert status == 0
+    assert isinstance(report, dict)
+    assert report["match"]
+    assert report["operator_domains"] == ["ai.onnx"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_demo_quick(photo: Path, tmp_path: Path) -> None:
@@ -362,5 +463,5 @@ def test_demo_quick(photo: Path, tmp_path: Path) -> None:
     assert numbers["disagreements"] == []
     sizes = [(row["height"], row["width"]) for row in numbers["photo"]["inputs"]]
     assert sizes == [(224, 224), (41, 67)]
-    chart = Image.open(tmp_path / "out" / "demo.png")
-    assert min(chart.size) > 400
+    with Image.open(tmp_path / "out" / "demo.png") as chart:
+        assert min(chart.size) > 400

@@ -22,7 +22,7 @@ from emo_kernels.cli.options import (
     settings,
     use_runtime,
 )
-from emo_kernels.cli.pairs import build_pair, compare_pair, variants
+from emo_kernels.cli.pairs import build_pair, compare_pair, noise_images, variants
 from emo_kernels.cli.timing import interleaved
 from emo_kernels.explain import format_table
 
@@ -64,7 +64,8 @@ def _measure(
 ) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(device)
-    pair = build_pair(name, {"in_chans": shape[1], **fields}, x[:4], backend=args.backend)
+    fields = {"in_chans": shape[1], **fields}
+    pair = build_pair(name, fields, noise_images(shape[1], device), backend=args.backend)
     agreement = compare_pair(pair, x[:1])
     with torch.inference_mode():
         timings = interleaved(

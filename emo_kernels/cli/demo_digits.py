@@ -35,9 +35,9 @@ def recipe(*, quick: bool) -> Recipe:
     """SGD, whose steps are proportional to the gradients, at full rate from the first step on:
     AdamW's are not, and a warm-up would hide a wrong gradient from the early steps.
     """
-    epochs = 1 if quick else 5
+    epochs, batch = (1, 128) if quick else (5, 32)
     return Recipe(
-        epochs=epochs, batch=32, lr=0.05, warmup_epochs=0, weight_decay=5e-4, optimizer="sgd"
+        epochs=epochs, batch=batch, lr=0.05, warmup_epochs=0, weight_decay=5e-4, optimizer="sgd"
     )
 
 

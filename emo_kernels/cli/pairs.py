@@ -66,6 +66,12 @@ def build_pair(
     return Pair(plain.eval(), accelerate_quietly(copy.deepcopy(plain), backend).eval())
 
 
+def noise_images(channels: int, device: torch.device) -> Tensor:
+    """Images to calibrate on where no photos are at hand."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, channels, 96, 96, generator=generator).to(device)
+
+
 @torch.no_grad()
 def calibrate_batch_norm(model: nn.Module, images: Tensor) -> None:
     """Set the running statistics of every batch norm to those of ``images``."""

@@ -17,7 +17,7 @@ from emo_kernels.cli.options import (
     settings,
     use_runtime,
 )
-from emo_kernels.cli.pairs import build_pair
+from emo_kernels.cli.pairs import build_pair, noise_images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +41,8 @@ def run(args: argparse.Namespace) -> int:
     """Print a table for each model."""
     device = use_runtime(args)
     x = torch.randn(input_shape(args.size, args.batch), device=device)
-    pair = build_pair(
-        args.model, {"in_chans": x.shape[1], **settings(args)}, x, backend=args.backend
-    )
+    fields = {"in_chans": x.shape[1], **settings(args)}
+    pair = build_pair(args.model, fields, noise_images(x.shape[1], device), backend=args.backend)
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
