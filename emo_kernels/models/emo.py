@@ -25,6 +25,7 @@ class EMO(EMOStages):
         feature_info: for each stage its channels, its stride and its module's name.
 
     Example:
+        >>> import torch
         >>> from emo_kernels.models.configs import CONFIGS
         >>> EMO(CONFIGS["emo_1m"], num_classes=10).eval()(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 10])
