@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,7 @@ from PIL import Image
 import emo_kernels
 from emo_kernels import available_backends, create_backbone, create_model, save_checkpoint
 from emo_kernels.__main__ import COMMANDS, main
-from emo_kernels.cli import check, check_cases, demo, files, images, options, training
+from emo_kernels.cli import check, check_cases, demo, files, images, options
 from emo_kernels.cli.pairs import compare
 
 # A model small enough for a test, with both kinds of block.
@@ -269,80 +266,6 @@ def test_random_crop_depends_on_its_seed_alone(photo: Path) -> None:
     picture = images.open_photo(photo)
     first, again, other = (images.random_crop(picture, 16, seed) for seed in (1, 1, 2))
     assert first.tobytes() == again.tobytes() != other.tobytes()
-
-
-# ------------------------------------------------------------------------------------------------
-# training
-
-
-def train(out: Path, *more: str, data: str = "digits") -> list[str]:
-    small = ["--set", *TINY, "--batch", "256", "--epochs", "3", "--lr", "0.003"]
-    return ["train", data, *small, "--out", str(out), "--threads", "1", *more]
-
-
-def test_learning_rate_follows_the_published_schedule() -> None:
-    recipe = training.Recipe(epochs=300, batch=2048, lr=6e-3, warmup_epochs=20)
-    rate = [recipe.learning_rate(step, 625) for step in (0, 6250, 12500, 187499)]
-    # 5.934e-3 is the first rate after the warm-up in the published logs
-    assert rate == pytest.approx([1e-6, (6e-3 + 1e-6) / 2, 5.934e-3, 1e-6], rel=1e-3)
-
-
-def test_vectors_do_not_decay() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
-    decayed, exempt = training.parameter_groups(model, 0.05)
-    assert [p.ndim for p in decayed["params"]] == [2]
-    assert [p.ndim for p in exempt["params"]] == [1, 1, 1]
-    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
-
-
-def test_killed_training_run_resumes_bit_for_bit(tmp_path: Path) -> None:
-    ema = ("--ema", "0.9")
-    assert main(train(tmp_path / "whole", *ema)) == 0
-    killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "emo_kernels", *train(killed, *ema)]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (killed / "last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    assert not (killed / "model.pth").exists(), "the run ended before it was killed"
-    assert main(train(killed, *ema, "--resume")) == 0
-    logs = [json.loads((run / "log.json").read_text()) for run in (tmp_path / "whole", killed)]
-    assert logs[0]["losses"] == logs[1]["losses"]
-    states = [training.read_training_state(run / "last.pt") for run in (tmp_path / "whole", killed)]
-    for part in ("model", "average"):
-        for name, tensor in states[0][part].items():
-            assert torch.equal(tensor, states[1][part][name]), f"{part} {name}"
-
-
-def test_resume_with_other_options_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["train", "digits", "--set", *TINY, "--batch", "1400", "--epochs", "1"]
-    argv += ["--out", str(tmp_path)]
-    assert main(argv) == 0
-    assert (tmp_path / "model.pth").exists()
-    for change, message in ((["--lr", "0.1"], "lr was"), (["--plain"], "plain was False")):
-        capsys.readouterr()
-        assert main([*argv, *change, "--resume"]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_train_on_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rng = np.random.default_rng(0)
-    for name, level in (("dark", 40), ("light", 200)):
-        folder = tmp_path / "data" / name
-        folder.mkdir(parents=True)
-        for i in range(20):
-            noise = rng.integers(-30, 30, (24, 40, 3)) + level
-            Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
-    argv = train(tmp_path / "out", data=str(tmp_path / "data"))
-    argv[argv.index("256")] = "12"
-    status, history = run_json(capsys, *argv, "--side", "32")
-    assert status == 0
-    assert isinstance(history, list)
-    assert [record["epoch"] for record in history] == [1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------
