@@ -13,6 +13,7 @@ namespace emo_kernels {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1 };
 enum class Norm : int { kNone = 0, kAffine = 1, kLayer = 2 };
+enum class Windows : int { kGrid = 0, kBlock = 1, kBoth = 2 };
 enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
 
 namespace cpu {
@@ -23,7 +24,7 @@ struct Param {
   int64_t count = 0;
 };
 
-// One convolutional inverted residual mobile block in inference.
+// One inverted residual mobile block in inference.
 struct IrmbCall {
   DType dtype = DType::kFloat32;
   const void* x = nullptr;  // (N, H, W, C)
@@ -31,6 +32,7 @@ struct IrmbCall {
 
   Param norm_weight, norm_bias;            // (C,)
   Param norm_mean, norm_var;               // (C,) batch norm only
+  Param qk_weight, qk_bias;                // (2C, C), (2C,); null with attention: q = k = norm(x)
   Param v_weight, v_bias;                  // (M, C), (M,); v_weight null: no expansion, M = C
   Param dw_weight;                         // (M, K, K)
   Param bn_weight, bn_bias;                // (M,)
@@ -44,6 +46,10 @@ struct IrmbCall {
   int64_t stride = 1, padding = 0, dilation = 1;
   Norm norm = Norm::kNone;  // kAffine: batch norm with the running statistics given
   Activation act = Activation::kNone;
+  int64_t head_dim = 0;     // 0: no attention
+  int64_t window_size = 7;  // <= 0: the whole map
+  Windows windows = Windows::kGrid;
+  bool attention_first = true;  // before the expansion (attn_pre) or over the expanded values
   double norm_eps = 1e-6, bn_eps = 1e-6;
   bool skip = false;
   int threads = 1;

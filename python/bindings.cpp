@@ -68,7 +68,7 @@ std::array<int64_t, kCount> integers(const char* name, const py::tuple& values) 
 void irmb(int dtype, uintptr_t x, uintptr_t out, const py::tuple& weights, const py::tuple& counts,
           const py::tuple& sizes, const py::tuple& switches, double norm_eps, double bn_eps,
           int threads) {
-  constexpr size_t kParams = 17;
+  constexpr size_t kParams = 19;
   const auto pointer = integers<kParams>("weights", weights);
   const auto count = integers<kParams>("counts", counts);
   cpu::IrmbCall call;
@@ -77,21 +77,24 @@ void irmb(int dtype, uintptr_t x, uintptr_t out, const py::tuple& weights, const
   call.out = reinterpret_cast<void*>(out);
   cpu::Param* const params[kParams] = {
       &call.norm_weight,    &call.norm_bias,        &call.norm_mean,      &call.norm_var,
-      &call.v_weight,       &call.v_bias,           &call.dw_weight,      &call.bn_weight,
-      &call.bn_bias,        &call.bn_mean,          &call.bn_var,         &call.se_reduce_weight,
-      &call.se_reduce_bias, &call.se_expand_weight, &call.se_expand_bias, &call.proj_weight,
-      &call.gamma};
+      &call.qk_weight,      &call.qk_bias,          &call.v_weight,       &call.v_bias,
+      &call.dw_weight,      &call.bn_weight,        &call.bn_bias,        &call.bn_mean,
+      &call.bn_var,         &call.se_reduce_weight, &call.se_reduce_bias, &call.se_expand_weight,
+      &call.se_expand_bias, &call.proj_weight,      &call.gamma};
   for (size_t i = 0; i < kParams; ++i) {
     *params[i] = {reinterpret_cast<const void*>(static_cast<uintptr_t>(pointer[i])), count[i]};
   }
   const auto size = integers<8>("sizes", sizes);
   call.N = size[0], call.C = size[1], call.H = size[2], call.W = size[3];
   call.M = size[4], call.O = size[5], call.K = size[6], call.R = size[7];
-  const auto chosen = integers<6>("switches", switches);
+  const auto chosen = integers<10>("switches", switches);
   call.norm = static_cast<emo_kernels::Norm>(chosen[0]);
   call.act = static_cast<emo_kernels::Activation>(chosen[1]);
   call.stride = chosen[2], call.padding = chosen[3], call.dilation = chosen[4];
   call.skip = chosen[5] != 0;
+  call.head_dim = chosen[6], call.window_size = chosen[7];
+  call.windows = static_cast<emo_kernels::Windows>(chosen[8]);
+  call.attention_first = chosen[9] != 0;
   call.norm_eps = norm_eps;
   call.bn_eps = bn_eps;
   call.threads = threads;

@@ -51,6 +51,8 @@ EXTRA = [
 ]
 ROWS = [row for row in [*TABLE, *EXTRA] if supported(row)]
 FEW = [
+    *rows("below_window", "block_windows", "post_expansion", "q_k_x", "whole_map", "window_8"),
+    *rows("both_windows", "attention_and_excite", "ragged_c21", "1m_stage4"),
     *rows("odd_c21_m31", "excite_with_skip", "stride_2_13x9", "kernel_7", "batch_5", "dilated"),
     *EXTRA,
 ]
@@ -317,10 +319,13 @@ def test_output_fills_its_tensor_and_nothing_else() -> None:
     assert (memory[:border] == -7.5).all() and (memory[-border:] == -7.5).all()
 
 
+NO_ATTENTION = (0, 7, 0, 1)
+
+
 def raw_call(image: Tensor, w: IRMBWeights, row: Row, **changes: object) -> None:
     """The entry point of ``_C`` with correct arguments, but for ``changes``."""
     dense = image.contiguous(memory_format=torch.channels_last)
-    tensors = [*w[:4], *w[6:]]
+    tensors = list(w)
     arguments = {
         "dtype": 0,
         "x": dense.data_ptr(),
@@ -328,7 +333,7 @@ def raw_call(image: Tensor, w: IRMBWeights, row: Row, **changes: object) -> None
         "weights": tuple(0 if t is None else t.data_ptr() for t in tensors),
         "counts": tuple(0 if t is None else t.numel() for t in tensors),
         "sizes": (row.n, row.c, row.h, row.w, row.m, row.o, row.kernel, 0),
-        "switches": (1, 3, row.stride, row.padding, row.dilation, int(row.skip)),
+        "switches": (1, 3, row.stride, row.padding, row.dilation, int(row.skip), *NO_ATTENTION),
         "norm_eps": 1e-6,
         "bn_eps": 1e-6,
         "threads": 1,
@@ -342,17 +347,21 @@ def raw_call(image: Tensor, w: IRMBWeights, row: Row, **changes: object) -> None
         ({"dtype": 7}, "dtype must be"),
         ({"x": 0}, "must not be null"),
         ({"out": 0}, "must not be null"),
-        ({"weights": (0,) * 17}, "is missing"),
-        ({"weights": (0,) * 3}, "must have 17 entries"),
-        ({"counts": (1,) * 17}, "must have 21 elements, got 1"),
+        ({"weights": (0,) * 19}, "is missing"),
+        ({"weights": (0,) * 3}, "must have 19 entries"),
+        ({"counts": (1,) * 19}, "must have 21 elements, got 1"),
         ({"sizes": (2, 21, 13, 9, 31, 21, 65, 0)}, "K must lie in 1..64, got 65"),
         ({"sizes": (2, -21, 13, 9, 31, 21, 3, 0)}, "C must lie in"),
         ({"sizes": (2**39, 21, 2**20, 2**20, 31, 21, 3, 0)}, "more than 2\\^63 bytes"),
-        ({"switches": (9, 3, 1, 1, 1, 1)}, "unknown norm"),
-        ({"switches": (1, 9, 1, 1, 1, 1)}, "unknown activation"),
-        ({"switches": (1, 3, 0, 1, 1, 1)}, "stride must lie in"),
-        ({"switches": (1, 3, 2, 1, 1, 1)}, "a skip needs stride 1"),
-        ({"switches": (1, 3, 1, 0, 9, 0)}, "does not fit the map"),
+        ({"switches": (9, 3, 1, 1, 1, 1, *NO_ATTENTION)}, "unknown norm"),
+        ({"switches": (1, 9, 1, 1, 1, 1, *NO_ATTENTION)}, "unknown activation"),
+        ({"switches": (1, 3, 0, 1, 1, 1, *NO_ATTENTION)}, "stride must lie in"),
+        ({"switches": (1, 3, 2, 1, 1, 1, *NO_ATTENTION)}, "a skip needs stride 1"),
+        ({"switches": (1, 3, 1, 0, 9, 0, *NO_ATTENTION)}, "does not fit the map"),
+        ({"switches": (1, 3, 1, 1, 1, 1, 4, 7, 0, 1)}, "head_dim must divide C"),
+        ({"switches": (1, 3, 1, 1, 1, 1, 3, 7, 0, 0)}, "heads must divide M"),
+        ({"switches": (1, 3, 1, 1, 1, 1, 3, 7, 5, 1)}, "unknown windows"),
+        ({"switches": (1, 3, 1, 1, 1, 1, 3, 2000, 0, 1)}, "tokens of a window must lie in"),
         ({"threads": 0}, "threads must lie in"),
     ],
 )
@@ -373,8 +382,11 @@ def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_unsupported_blocks_are_named() -> None:
-    x, w = rounded(rows("below_window")[0], FP32)
-    assert "attention" in str(cpu.irmb_unsupported(x, w, rows("below_window")[0].spec()))
+    x, w = rounded(rows("conv_then_attention")[0], FP32)
+    reason = cpu.irmb_unsupported(x, w, rows("conv_then_attention")[0].spec())
+    assert "attends before the convolution" in str(reason)
+    x, w = rounded(rows("grouped_v")[0], FP32)
+    assert "grouped" in str(cpu.irmb_unsupported(x, w, rows("grouped_v")[0].spec()))
     x, w = rounded(rows("odd_c21_m31")[0], FP32)
     spec = rows("odd_c21_m31")[0].spec()
     assert cpu.irmb_unsupported(x, w, spec) is None

@@ -65,6 +65,7 @@ EMO_INLINE __m256 exp2_any(__m256 t) {
 }
 #endif
 
+EMO_INLINE double exponential_of(double x) { return ::exp(x); }
 EMO_INLINE double silu_of(double x) { return x / (1.0 + ::exp(-x)); }
 EMO_INLINE double gelu_of(double x) { return x * (0.5 * (1.0 + ::erf(x * 0.70710678118654752))); }
 
@@ -73,6 +74,15 @@ EMO_INLINE V each_lane(V v) {
   constexpr int kLanes = sizeof(V) / sizeof(double);
   for (int i = 0; i < kLanes; ++i) v[i] = kFunction(v[i]);
   return v;
+}
+
+template <class T, class V>
+EMO_INLINE V exponential(V x) {
+  if constexpr (sizeof(T) == 8) {
+    return each_lane<exponential_of>(x);
+  } else {
+    return exp2_any(x * 1.4426950408889634f);
+  }
 }
 
 template <class T, class V>

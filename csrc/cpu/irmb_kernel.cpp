@@ -10,7 +10,9 @@
 // Numerics  accumulates in the element type over k = 0, 1, ...; batch norm in front is applied to
 // x,
 //           the one behind the depthwise convolution folded (in fp64) into its weights.
-// Limits    fp32 (fp64 at portable width); no attention; depthwise kernels up to 64 taps a side.
+// Limits    fp32 (fp64 at portable width); ungrouped expansion; depthwise kernels up to 64 taps a
+// side.
+#include "cpu/attention.h"
 #include "cpu/depthwise.h"
 #include "cpu/gemm.h"
 #include "cpu/irmb_plan.h"
@@ -25,9 +27,9 @@ EMO_INLINE int64_t share(int64_t count, int thread, int threads) {
 }
 
 template <class T>
-void run_by_rows(Stages<T>& s, int thread, int threads, bool sums_only) {
+void run_by_rows(Stages<T>& s, int64_t images, int thread, int threads, bool sums_only) {
   const IrmbPlan& plan = s.plan;
-  const int64_t total = plan.call.N * plan.Ho;
+  const int64_t total = images * plan.Ho;
   const int64_t end = share(total, thread + 1, threads);
   for (int64_t row = share(total, thread, threads); row < end;) {
     const int64_t n = row / plan.Ho, first = row - n * plan.Ho;
@@ -49,45 +51,93 @@ void run_by_rows(Stages<T>& s, int thread, int threads, bool sums_only) {
   }
 }
 
+// The panels' weights are packed as they come up, while the cache still holds them.
 template <class T>
-void run_by_panels(Stages<T>& s, int thread, int threads, void (*barrier)()) {
+void run_by_panels(Stages<T>& s, int64_t images, bool pack, int thread, int threads,
+                   void (*barrier)()) {
   const IrmbPlan& plan = s.plan;
   const int64_t first = share(plan.panels_m, thread, threads);
   const int64_t last = share(plan.panels_m, thread + 1, threads);
-  for (int64_t n = 0; n < plan.call.N; ++n) {
+  for (int64_t n = 0; n < images; ++n) {
     s.set_block(n, 0, plan.Wo);
     for (int64_t panel = first; panel < last; ++panel) {
+      if (pack && n == 0) s.pack_expanded(panel, panel + 1);
       s.set_group(panel, panel + 1);
       s.expand_for(0, plan.Ho, 0);
       s.depthwise(0, plan.Ho, false);
     }
     barrier();
     s.shrink_share(thread, threads);
-    if (n + 1 < plan.call.N) barrier();
+    if (n + 1 < images) barrier();
   }
 }
 
 template <class T>
-void run(const IrmbPlan& plan, void* shared, void* own, int64_t* offsets, int thread, int threads,
-         void (*barrier)()) {
-  Stages<T> s(plan, static_cast<T*>(shared), static_cast<T*>(own), offsets);
-  s.pack(share(plan.panels_m, thread, threads), share(plan.panels_m, thread + 1, threads),
-         share(plan.panels_o, thread, threads), share(plan.panels_o, thread + 1, threads),
-         thread == 0);
-  if (plan.by_panels) {
-    run_by_panels(s, thread, threads, barrier);
-    return;
-  }
+void run_squeeze_excite(Stages<T>& s, int64_t images, int thread, int threads, void (*barrier)()) {
+  s.gates_ready = false;
+  run_by_rows(s, images, thread, threads, true);
   barrier();
-  if (plan.call.R > 0) {
-    run_by_rows(s, thread, threads, true);
+  const int64_t last = share(images, thread + 1, threads);
+  for (int64_t n = share(images, thread, threads); n < last; ++n) s.gate(n);
+  barrier();
+  s.gates_ready = true;
+}
+
+template <class T>
+void attend(Attention<T>& attention, const IrmbPlan& plan, int64_t image0, int64_t images,
+            int thread, int threads, void (*barrier)()) {
+  const AttentionPlan& a = plan.attention;
+  const int64_t units = images * a.n1 * a.n2 * a.heads;
+  const int64_t first = share(units, thread, threads), last = share(units, thread + 1, threads);
+  if (a.grid) {
+    attention.run(image0, first, last, true, false, thread);
     barrier();
-    const int64_t N = plan.call.N;
-    for (int64_t n = share(N, thread, threads); n < share(N, thread + 1, threads); ++n) s.gate(n);
-    barrier();
-    s.gates_ready = true;
   }
-  run_by_rows(s, thread, threads, false);
+  if (a.block) {
+    attention.run(image0, first, last, false, a.grid, thread);
+    barrier();
+  }
+}
+
+template <class T>
+void run(const IrmbPlan& plan, void* shared_buffer, void* own_buffer, int64_t* offsets, int thread,
+         int threads, void (*barrier)()) {
+  const IrmbCall& call = plan.call;
+  T *const shared = static_cast<T*>(shared_buffer), *const own = static_cast<T*>(own_buffer);
+  const auto mine = [&](int64_t count, auto pack) {
+    pack(share(count, thread, threads), share(count, thread + 1, threads));
+  };
+  const T* const x = static_cast<const T*>(call.x);
+  const int64_t in = call.H * call.W * call.C, out = plan.Ho * plan.Wo * call.O;
+  for (int64_t image = 0; image < call.N; image += plan.images) {
+    const int64_t images = min(plan.images, call.N - image);
+    if (image > 0) barrier();
+    if (plan.attention.attends) {
+      Attention<T> attention(plan, shared, own, offsets);
+      if (image == 0) {
+        mine(plan.attention.heads, [&](int64_t a, int64_t b) { attention.pack(a, b); });
+        barrier();
+      }
+      attend(attention, plan, image, images, thread, threads, barrier);
+    }
+    Stages<T> s(plan, shared, own, offsets);
+    s.set_images(plan.attention.attends ? shared + plan.attention.z : x + image * in,
+                 x + image * in, static_cast<T*>(call.out) + image * out);
+    if (image == 0) {
+      if (thread == 0) s.pack_gamma();
+      mine(plan.panels_o, [&](int64_t a, int64_t b) { s.pack_outputs(a, b); });
+      if (!plan.by_panels) {
+        mine(plan.panels_m, [&](int64_t a, int64_t b) { s.pack_expanded(a, b); });
+        barrier();
+      }
+    }
+    if (plan.by_panels) {
+      run_by_panels(s, images, image == 0, thread, threads, barrier);
+    } else {
+      if (call.R > 0) run_squeeze_excite(s, images, thread, threads, barrier);
+      run_by_rows(s, images, thread, threads, false);
+    }
+  }
 }
 
 template <class T>

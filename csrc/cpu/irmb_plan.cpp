@@ -8,8 +8,9 @@
 namespace emo_kernels::cpu {
 namespace {
 
-constexpr int64_t kCacheBudget = 640 * 1024;        // of a 1 MB L2: what one thread keeps in flight
-constexpr int64_t kTilePixels = 56;                 // output pixels of a tile on narrow maps
+constexpr int64_t kCacheBudget = 640 * 1024;  // of a 1 MB L2: what one thread keeps in flight
+constexpr int64_t kTilePixels = 56;           // output pixels of a tile on narrow maps
+constexpr int64_t kAttendedBudget = 2 << 20;  // bytes of attention results in flight, all threads
 constexpr int64_t kSharedDepthwiseLimit = 4 << 20;  // bytes that may pass between cores
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -48,6 +49,15 @@ int64_t output_size(int64_t size, const IrmbCall& c) {
   return room / c.stride + 1;
 }
 
+void check_attention(const IrmbCall& c) {
+  require(c.C % c.head_dim == 0, "head_dim must divide C");
+  require(c.attention_first || c.M % (c.C / c.head_dim) == 0, "the heads must divide M");
+  require(c.windows >= Windows::kGrid && c.windows <= Windows::kBoth, "unknown windows");
+  const int64_t wh = c.window_size > 0 ? c.window_size : c.H;
+  const int64_t ww = c.window_size > 0 ? c.window_size : c.W;
+  check_size("tokens of a window", product({wh, ww}), 1, 1 << 20);
+}
+
 }  // namespace
 
 void check_irmb(const IrmbCall& c) {
@@ -76,6 +86,11 @@ void check_irmb(const IrmbCall& c) {
   check_param("norm_bias", c.norm_bias, c.C, true);
   check_param("norm_mean", c.norm_mean, c.C, !batch);
   check_param("norm_var", c.norm_var, c.C, !batch);
+  check_size("head_dim", c.head_dim, 0, kSmall);
+  check_size("window_size", c.window_size, -kSmall, kSmall);
+  if (c.head_dim > 0) check_attention(c);
+  check_param("qk_weight", c.qk_weight, product({2, c.C, c.C}), true);
+  check_param("qk_bias", c.qk_bias, 2 * c.C, true);
   check_param("v_weight", c.v_weight, product({c.M, c.C}), true);
   check_param("v_bias", c.v_bias, c.M, true);
   check_param("dw_weight", c.dw_weight, product({c.M, c.K, c.K}), false);
@@ -101,7 +116,7 @@ int64_t reach(const IrmbCall& c) { return (c.K - 1) * c.dilation; }
 
 // Sizes of a thread's working set for `rows` x `columns` output tiles and `group` panels in flight.
 void size_tile(IrmbPlan& p, int64_t rows, int64_t columns, int64_t group, bool whole_map) {
-  const IrmbCall& c = p.call;
+  const IrmbCall& c = p.conv;
   p.tile_rows = rows;
   p.block_columns = columns;
   p.group_panels = group;
@@ -122,7 +137,7 @@ int64_t thread_bytes(const IrmbPlan& p, int64_t element) {
 
 // Expanded panels in flight: as many as keep their weights, ring and tile inside the budget.
 void choose_tile(IrmbPlan& p, int64_t element) {
-  const IrmbCall& c = p.call;
+  const IrmbCall& c = p.conv;
   const int64_t weights = p.panel * element * (c.C + c.O + c.K * c.K);
   const int64_t rows = std::clamp<int64_t>(ceil_div(kTilePixels, p.Wo), 1, p.Ho);
   const auto fits = [&](int64_t columns, int64_t group) {
@@ -140,46 +155,115 @@ void choose_tile(IrmbPlan& p, int64_t element) {
 
 // Rows cost every thread its halo, panels a meeting of all threads and uneven shares.
 bool panels_pay(const IrmbPlan& p, int64_t element) {
-  const IrmbCall& c = p.call;
-  if (p.threads == 1 || c.N >= p.threads || c.R > 0) return false;
+  const IrmbCall& c = p.conv;
+  if (p.threads == 1 || p.images >= p.threads || c.R > 0) return false;
   if (p.Ho * p.Wo * p.panels_m * p.panel * element > kSharedDepthwiseLimit) return false;
   const double expand = static_cast<double>(c.H) * c.W * c.C;
   const double rest = static_cast<double>(p.Ho) * p.Wo * (c.O + c.K * c.K);
-  const double rows = static_cast<double>(ceil_div(c.N * p.Ho, p.threads));
-  const double in_rows =
-      std::min<double>(c.H * c.N, rows * c.stride + std::max<int64_t>(0, reach(c) - c.stride + 1));
+  const double rows = static_cast<double>(ceil_div(p.images * p.Ho, p.threads));
+  const double in_rows = std::min<double>(
+      c.H * p.images, rows * c.stride + std::max<int64_t>(0, reach(c) - c.stride + 1));
   const double by_rows = expand * in_rows / c.H + rest * rows / p.Ho;
   const double per_image = expand * ceil_div(p.panels_m, p.threads) / p.panels_m + rest / p.threads;
-  return 1.05 * per_image * c.N < by_rows;
+  return 1.05 * per_image * p.images < by_rows;
+}
+
+// Hands out stretches of a buffer, each from a cache line on.
+class Buffer {
+ public:
+  int64_t place(int64_t elements) {
+    const int64_t start = size_;
+    size_ += round_up(elements, 32);
+    return start;
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_ = 0;
+};
+
+void place_attention(IrmbPlan& p, Buffer& shared, Buffer& own) {
+  AttentionPlan& a = p.attention;
+  const int64_t P = p.panel, C = p.call.C, room = a.tokens + p.gemm_rows;
+  const int64_t d = round_up(a.head_dim, P), dv = round_up(a.value_dim, P);
+  const bool projects = p.call.qk_weight.data != nullptr;
+  a.qk_weight = shared.place(projects ? 2 * a.heads * d * C : 0);
+  a.qk_bias = shared.place(projects ? 2 * a.heads * d : 0);
+  a.v_weight = shared.place(a.values_expanded ? a.heads * dv * C : 0);
+  a.v_bias = shared.place(a.values_expanded ? a.heads * dv : 0);
+  a.z = shared.place((p.images * p.call.H * p.call.W + p.threads) * a.z_channels);
+  a.row_stride = round_up(C, P) + P;
+  a.norm_scale = own.place(round_up(C, P));
+  a.norm_shift = own.place(round_up(C, P));
+  a.no_bias = own.place(P);
+  a.h_rows = own.place(a.tokens * a.row_stride);
+  a.h_panels = own.place(round_up(C, P) * room);
+  a.q = own.place(d * room);
+  a.k = own.place(d * room);
+  a.keys = own.place(round_up(a.tokens, P) * a.head_dim);
+  a.values = own.place(dv * room);
+  a.scores = own.place(round_up(a.tokens, P) * (kAttentionQueries + p.gemm_rows));
+  a.offset_rows = std::max(room, kAttentionQueries + p.gemm_rows);
+  a.thread_offsets = a.offset_rows + a.tokens + kAttentionQueries;
 }
 
 void place_buffers(IrmbPlan& p) {
-  const IrmbCall& c = p.call;
+  const IrmbCall& c = p.conv;
   const int64_t P = p.panel, M = p.panels_m * P, O = p.panels_o * P, C = p.panels_c * P;
-  int64_t at = 0;
-  const auto place = [&at](int64_t elements) {
-    const int64_t start = at;
-    at += round_up(elements, 32);
-    return start;
-  };
-  p.v_weight = place(c.v_weight.data ? M * c.C : 0);
-  p.v_bias = place(M);
-  p.dw_weight = place(M * c.K * c.K);
-  p.bn_shift = place(M);
-  p.proj_weight = place(O * c.M);
-  p.gamma = place(O);
-  p.row_sums = place(c.R > 0 ? c.N * p.Ho * M : 0);
-  p.gates = place(c.R > 0 ? c.N * M : 0);
-  p.d_shared = place(p.by_panels ? p.tile_pixels * M : 0);
-  p.shared_elements = at;
-  at = 0;
-  p.norm_scale = place(C);
-  p.norm_shift = place(C);
-  p.x_panels = place(std::max(p.chunk_pixels * C, c.R > 0 ? M : 0));
-  p.ring = place((p.ring_rows * p.ring_columns + 1) * p.group_panels * P);
-  p.d = place(p.by_panels ? 0 : p.tile_pixels * p.group_panels * P);
-  p.thread_elements = at;
+  Buffer shared, own;
+  p.v_weight = shared.place(c.v_weight.data ? M * c.C : 0);
+  p.v_bias = shared.place(M);
+  p.dw_weight = shared.place(M * c.K * c.K);
+  p.bn_shift = shared.place(M);
+  p.proj_weight = shared.place(O * c.M);
+  p.gamma = shared.place(O);
+  p.row_sums = shared.place(c.R > 0 ? p.images * p.Ho * M : 0);
+  p.gates = shared.place(c.R > 0 ? p.images * M : 0);
+  p.d_shared = shared.place(p.by_panels ? p.tile_pixels * M : 0);
+  p.norm_scale = own.place(C);
+  p.norm_shift = own.place(C);
+  p.x_panels = own.place(std::max(p.chunk_pixels * C, c.R > 0 ? M : 0));
+  p.ring = own.place((p.ring_rows * p.ring_columns + 1) * p.group_panels * P);
+  p.d = own.place(p.by_panels ? 0 : p.tile_pixels * p.group_panels * P);
   p.thread_offsets = p.chunk_pixels + p.tile_pixels;
+  if (p.attention.attends) {
+    Buffer beside;  // the attention is over when the convolutions begin: the same memory
+    place_attention(p, shared, beside);
+    p.thread_elements = std::max(own.size(), beside.size());
+    p.thread_offsets = std::max(p.thread_offsets, p.attention.thread_offsets);
+  } else {
+    p.thread_elements = own.size();
+  }
+  p.shared_elements = shared.size();
+}
+
+// The block behind the attention reads z, normalised and, with expanded values, expanded already.
+void plan_attention(IrmbPlan& p, int64_t element) {
+  const IrmbCall& call = p.call;
+  AttentionPlan& a = p.attention;
+  a.attends = call.head_dim > 0;
+  p.conv = call;
+  p.images = call.N;
+  if (!a.attends) return;
+  a.grid = call.windows != Windows::kBlock;
+  a.block = call.windows != Windows::kGrid;
+  a.values_expanded = !call.attention_first && call.v_weight.data != nullptr;
+  a.head_dim = call.head_dim;
+  a.heads = call.C / call.head_dim;
+  a.z_channels = a.values_expanded ? call.M : call.C;
+  a.value_dim = a.z_channels / a.heads;
+  a.wh = call.window_size > 0 ? call.window_size : call.H;
+  a.ww = call.window_size > 0 ? call.window_size : call.W;
+  a.n1 = ceil_div(call.H, a.wh);
+  a.n2 = ceil_div(call.W, a.ww);
+  a.tokens = a.wh * a.ww;
+  a.scale = 1.0 / __builtin_sqrt(static_cast<double>(a.head_dim));
+  p.conv.C = a.z_channels;
+  p.conv.norm = Norm::kNone;
+  if (a.values_expanded) p.conv.v_weight = p.conv.v_bias = Param{};
+  const int64_t image = call.H * call.W * a.z_channels * element;
+  const int64_t fit = std::max<int64_t>(1, kAttendedBudget / image);
+  p.images = std::min(call.N, fit >= p.threads ? fit / p.threads * p.threads : p.threads);
 }
 
 }  // namespace
@@ -187,16 +271,17 @@ void place_buffers(IrmbPlan& p) {
 IrmbPlan plan_irmb(const IrmbCall& call, const IrmbKernel& kernel) {
   IrmbPlan p{};
   p.call = call;
-  p.Ho = output_size(call.H, call);
-  p.Wo = output_size(call.W, call);
+  p.threads = call.threads;
   p.panel = kernel.panel;
   p.gemm_rows = kernel.gemm_rows;
   p.chunk_panels = kernel.chunk_panels;
-  p.panels_c = ceil_div(call.C, p.panel);
+  const int64_t element = call.dtype == DType::kFloat64 ? 8 : 4;
+  plan_attention(p, element);
+  p.Ho = output_size(call.H, call);
+  p.Wo = output_size(call.W, call);
+  p.panels_c = ceil_div(p.conv.C, p.panel);
   p.panels_m = ceil_div(call.M, p.panel);
   p.panels_o = ceil_div(call.O, p.panel);
-  p.threads = call.threads;
-  const int64_t element = call.dtype == DType::kFloat64 ? 8 : 4;
   p.by_panels = panels_pay(p, element);
   if (p.by_panels) {
     size_tile(p, p.Ho, p.Wo, 1, true);

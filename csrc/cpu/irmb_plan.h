@@ -9,8 +9,29 @@ namespace emo_kernels::cpu {
 
 constexpr int64_t kMaxTaps = 64;
 
+constexpr int64_t kAttentionQueries = 56;  // of a head that attend at a time
+
+// The window attention in front: which windows, and where its operands lie.
+struct AttentionPlan {
+  bool attends, grid, block;
+  bool values_expanded;  // attention over act(Wv h + bv) instead of h
+  int64_t heads, head_dim, value_dim;
+  int64_t wh, ww, n1, n2, tokens;  // n1 x n2 windows of wh x ww
+  int64_t z_channels;              // of the result
+  int64_t row_stride;              // of a normalised pixel, with room for a panel behind it
+  double scale;
+  // Elements from the start of the shared buffer.
+  int64_t qk_weight, qk_bias, v_weight, v_bias, z;
+  // Elements from the start of a thread's buffer.
+  int64_t norm_scale, norm_shift, no_bias, h_rows, h_panels, q, k, keys, values, scores;
+  int64_t offset_rows, thread_offsets;
+};
+
 struct IrmbPlan {
   IrmbCall call;
+  IrmbCall conv;  // the block behind the attention: its input is z; without attention, the call
+  AttentionPlan attention;
+  int64_t images;  // worked on at a time
   int64_t Ho, Wo;
   int threads;
 

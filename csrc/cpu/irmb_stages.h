@@ -6,30 +6,10 @@
 #include "cpu/irmb_plan.h"
 #include "cpu/normalize.h"
 #include "cpu/pack.h"
+#include "cpu/panels.h"
 
 namespace emo_kernels::cpu {
 namespace {
-
-// Channels of a packed panel: the vectors that cover what is left, in half vectors where there are.
-template <class T>
-EMO_INLINE int64_t panel_width(int64_t channels_left) {
-  constexpr int64_t kGrain = kHalfVectors ? kLanesOf<T> / 2 : kLanesOf<T>;
-  return min<int64_t>(kPanel<T>, ceil_div(channels_left, kGrain) * kGrain);
-}
-
-// f(shape) for the PanelShape of a width.
-template <class T, class F>
-EMO_INLINE void with_shape(int64_t width, F f) {
-  constexpr int kLanes = kLanesOf<T>;
-  if (width == 3 * kLanes) return f(PanelShape<T, 3, false>{});
-  if (width == 2 * kLanes) return f(PanelShape<T, 2, false>{});
-  if (width == kLanes) return f(PanelShape<T, 1, false>{});
-  if constexpr (kHalfVectors) {
-    if (width > 2 * kLanes) return f(PanelShape<T, 2, true>{});
-    if (width > kLanes) return f(PanelShape<T, 1, true>{});
-    return f(PanelShape<T, 0, true>{});
-  }
-}
 
 template <class T>
 class Stages {
@@ -39,7 +19,7 @@ class Stages {
 
   Stages(const IrmbPlan& p, T* shared, T* own, int64_t* offsets)
       : plan(p),
-        call_(p.call),
+        call_(p.conv),
         shared_(shared),
         own_(own),
         ring_offsets_(offsets),
@@ -48,8 +28,18 @@ class Stages {
     norm_affine<T>(call_, own_ + plan.norm_scale, own_ + plan.norm_shift);
   }
 
-  // Packs expanded panels [m0, m1) and output panels [o0, o1); the first thread what is left.
-  void pack(int64_t m0, int64_t m1, int64_t o0, int64_t o1, bool first_thread);
+  // Pack the weights of expanded panels [p0, p1), of output panels [p0, p1), and gamma.
+  void pack_expanded(int64_t p0, int64_t p1);
+  void pack_outputs(int64_t p0, int64_t p1);
+  void pack_gamma();
+
+  // Names the maps of `images` images: read for the expansion, added at the end, written.
+  void set_images(const T* source, const T* residual, T* out) {
+    source_ = source;
+    residual_ = residual;
+    out_ = out;
+    n_ = -1;
+  }
 
   // Names the tile's image and output columns, and clears the ring's columns outside the map.
   void set_block(int64_t n, int64_t column0, int64_t column1);
@@ -92,6 +82,9 @@ class Stages {
   int64_t* const out_offsets_;
   const DepthwiseRowFunction<T> depthwise_;
 
+  const T* source_ = nullptr;
+  const T* residual_ = nullptr;
+  T* out_ = nullptr;
   int64_t n_ = -1, column0_ = 0, column1_ = 0;  // image and output columns
   int64_t in_column0_ = 0, in_column1_ = 0;     // input columns they need, inside the map
   int64_t ring_column0_ = 0;                    // where in_column0_ lies in the ring

@@ -30,14 +30,9 @@ void pack_depthwise(const IrmbCall& call, int64_t channel0, T* weights, T* shift
 }
 
 template <class T>
-void copy_padded(const T* src, int64_t count, T* dst, int64_t padded) {
-  for (int64_t i = 0; i < padded; ++i) dst[i] = src && i < count ? src[i] : T(0);
-}
-
-template <class T>
-void Stages<T>::pack(int64_t m0, int64_t m1, int64_t o0, int64_t o1, bool first_thread) {
+void Stages<T>::pack_expanded(int64_t p0, int64_t p1) {
   const int64_t P = kPanel<T>, taps = call_.K * call_.K;
-  for (int64_t p = m0; p < m1; ++p) {
+  for (int64_t p = p0; p < p1; ++p) {
     const int64_t m = p * P, left = call_.M - m, channels = min(P, left);
     if (call_.v_weight.data) {
       pack_panel<T>(data(call_.v_weight) + m * call_.C, channels, call_.C,
@@ -47,14 +42,22 @@ void Stages<T>::pack(int64_t m0, int64_t m1, int64_t o0, int64_t o1, bool first_
     }
     pack_depthwise<T>(call_, m, shared_ + plan.dw_weight + m * taps, shared_ + plan.bn_shift + m);
   }
-  for (int64_t p = o0; p < o1; ++p) {
+}
+
+template <class T>
+void Stages<T>::pack_outputs(int64_t p0, int64_t p1) {
+  const int64_t P = kPanel<T>;
+  for (int64_t p = p0; p < p1; ++p) {
     const int64_t o = p * P, left = call_.O - o;
     pack_panel<T>(data(call_.proj_weight) + o * call_.M, min(P, left), call_.M,
                   shared_ + plan.proj_weight + o * call_.M, panel_width<T>(left));
   }
-  if (first_thread && call_.gamma.data) {
-    copy_padded<T>(data(call_.gamma), call_.O, shared_ + plan.gamma, plan.panels_o * P);
-  }
+}
+
+template <class T>
+void Stages<T>::pack_gamma() {
+  if (call_.gamma.data == nullptr) return;
+  copy_padded<T>(data(call_.gamma), call_.O, shared_ + plan.gamma, plan.panels_o * kPanel<T>);
 }
 
 // ---- normalise and expand ---------------------------------------------------------------------
@@ -96,7 +99,7 @@ void Stages<T>::pack_x(int64_t row0, int64_t row1) {
   const T eps = static_cast<T>(call_.norm_eps);
   T* dst = own_ + plan.x_panels;
   for (int64_t y = row0; y < row1; ++y) {
-    const T* x = static_cast<const T*>(call_.x) + ((n_ * call_.H + y) * call_.W + in_column0_) * C;
+    const T* x = source_ + ((n_ * call_.H + y) * call_.W + in_column0_) * C;
     const int64_t columns = in_column1_ - in_column0_;
     for (int64_t i = 0; i < columns; ++i, x += C, dst += P) {
       if (call_.norm == Norm::kNone) {
@@ -107,37 +110,6 @@ void Stages<T>::pack_x(int64_t row0, int64_t row1) {
         normalize_pixel<T, Norm::kLayer>(x, C, scale, shift, eps, dst, panel_stride);
       }
     }
-  }
-}
-
-template <class T, Activation kAct, class Shape>
-void expand_pixels(ExpandTile<T> tile, int64_t pixels) {
-  constexpr int kRows = Shape::kRows, kFewRows = kRows / 2;
-  for (int64_t i = 0; i < pixels;) {
-    const bool many = pixels - i > kFewRows;
-    if (many) {
-      expand_tile<T, kRows, Shape, kAct>(tile);
-    } else {
-      expand_tile<T, kFewRows, Shape, kAct>(tile);
-    }
-    const int64_t step = many ? kRows : kFewRows;
-    tile.a += step * kPanel<T>;
-    tile.offsets += step;
-    i += step;
-  }
-}
-
-template <class T, class Shape>
-void expand_pixels(Activation act, const ExpandTile<T>& tile, int64_t pixels) {
-  switch (act) {
-    case Activation::kNone:
-      return expand_pixels<T, Activation::kNone, Shape>(tile, pixels);
-    case Activation::kRelu:
-      return expand_pixels<T, Activation::kRelu, Shape>(tile, pixels);
-    case Activation::kGelu:
-      return expand_pixels<T, Activation::kGelu, Shape>(tile, pixels);
-    case Activation::kSilu:
-      return expand_pixels<T, Activation::kSilu, Shape>(tile, pixels);
   }
 }
 
@@ -274,24 +246,6 @@ void Stages<T>::gate(int64_t n) {
 
 // ---- shrink -----------------------------------------------------------------------------------
 
-template <class T, class Shape>
-void shrink_pixels(ShrinkTile<T> tile, int64_t pixels) {
-  constexpr int kRows = Shape::kRows, kFewRows = kRows / 2;
-  for (int64_t i = 0; i < pixels;) {
-    const bool many = pixels - i > kFewRows;
-    const int64_t step = many ? kRows : kFewRows;
-    tile.pixels = min(step, pixels - i);
-    if (many) {
-      shrink_tile<T, kRows, Shape>(tile);
-    } else {
-      shrink_tile<T, kFewRows, Shape>(tile);
-    }
-    tile.a += step * kPanel<T>;
-    tile.offsets += step;
-    i += step;
-  }
-}
-
 template <class T>
 void Stages<T>::shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, const T* d,
                              int64_t d_stride, int64_t channel0, int64_t channels) {
@@ -301,8 +255,8 @@ void Stages<T>::shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, cons
   tile.a_panel_stride = d_stride;
   tile.b = shared_ + plan.proj_weight + o * call_.M + channel0 * width;
   tile.K = channels;
-  tile.out = static_cast<T*>(call_.out) + o;
-  tile.residual = call_.skip ? static_cast<const T*>(call_.x) + o : nullptr;
+  tile.out = out_ + o;
+  tile.residual = call_.skip ? residual_ + o : nullptr;
   tile.gamma = call_.gamma.data ? shared_ + plan.gamma + o : nullptr;
   tile.offsets = out_offsets_ + pixel0;
   tile.channels = min<int64_t>(width, call_.O - o);

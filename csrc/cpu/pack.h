@@ -32,9 +32,9 @@ EMO_INLINE void transpose(V* rows) {
   transpose_stage<1>(rows, All{});
 }
 
-// dst[k * width + r] = src[r * K + k] for r < rows, 0 for rows <= r < width.
+// dst[k * width + r] = src[r * stride + k] for r < rows, 0 for rows <= r < width.
 template <class T>
-void pack_panel(const T* src, int64_t rows, int64_t K, T* dst, int64_t width) {
+void pack_panel(const T* src, int64_t rows, int64_t K, T* dst, int64_t width, int64_t stride) {
   constexpr int kLanes = kLanesOf<T>;
   using V = Vec<T, kLanes>;
   for (int64_t r = 0; r < width; r += kLanes) {
@@ -43,7 +43,9 @@ void pack_panel(const T* src, int64_t rows, int64_t K, T* dst, int64_t width) {
       const int64_t depth = min<int64_t>(kLanes, K - k);
       V block[kLanes];
       unroll<kLanes>(EMO_UNROLLED(i) {
-        const T* row = src + (r + i) * K + k;
+        // Weights come from memory: ask for the next blocks of the row while this one is shuffled.
+        if (r + i < rows) __builtin_prefetch(src + (r + i) * stride + k + 4 * kLanes);
+        const T* row = src + (r + i) * stride + k;
         block[i] = r + i >= rows ? V{} : depth == kLanes ? load<V>(row) : load_first<V>(row, depth);
       });
       transpose<V, kLanes>(block);
@@ -55,6 +57,11 @@ void pack_panel(const T* src, int64_t rows, int64_t K, T* dst, int64_t width) {
       }
     }
   }
+}
+
+template <class T>
+void pack_panel(const T* src, int64_t rows, int64_t K, T* dst, int64_t width) {
+  pack_panel(src, rows, K, dst, width, K);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ from emo_kernels.spec import IRMBSpec, IRMBWeights, conv_output_size
 _DTYPES = {torch.float32: 0, torch.float64: 1}
 _NORMS = {"none": 0, "batch": 1, "layer": 2}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
+_WINDOWS = {"grid": 0, "block": 1, "both": 2}
 _MAX_TAPS = 64  # kMaxTaps of csrc/cpu/irmb_plan.h
 
 
@@ -18,8 +19,8 @@ def irmb_unsupported(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> str | N
     """Why the kernel cannot run this block, or ``None`` if it can."""
     if x.dtype not in _DTYPES:
         return f"the cpu kernel computes in float32 and float64, got {x.dtype}"
-    if spec.head_dim > 0:
-        return "the cpu kernel has no window attention yet"
+    if spec.head_dim > 0 and spec.op_order != "attn_conv":
+        return f"the cpu kernel attends before the convolution only, got {spec.op_order!r}"
     if spec.v_groups != 1:
         return f"the cpu kernel has no grouped expansion, got v_groups = {spec.v_groups}"
     if weights.dw_weight is None:
@@ -32,7 +33,7 @@ def irmb_unsupported(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> str | N
 
 
 def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
-    """One convolutional block in inference, as :func:`emo_kernels.reference.irmb` computes it.
+    """One block in inference, as :func:`emo_kernels.reference.irmb` computes it.
 
     Args:
         x: (N, C, H, W), fp32 or fp64; used in place when channels_last, else copied into it.
@@ -57,7 +58,7 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
     out = torch.empty_strided(
         (n, o, out_h, out_w), (o * out_h * out_w, 1, o * out_w, o), dtype=x.dtype
     )
-    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in w[:4] + w[6:]]
+    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in w]
     _C.irmb(
         _DTYPES[x.dtype],
         x.data_ptr(),
@@ -72,6 +73,10 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
             spec.padding,
             spec.dilation,
             spec.skip,
+            spec.head_dim,
+            spec.window_size,
+            _WINDOWS[spec.window_mode],
+            spec.attn_pre,
         ),
         spec.norm_eps,
         spec.bn_eps,

@@ -1,0 +1,85 @@
+// Any number of pixels times one panel of channels, out of the GEMM tiles of gemm.h.
+#pragma once
+
+#include "cpu/gemm.h"
+
+namespace emo_kernels::cpu {
+namespace {
+
+// Channels of a packed panel: the vectors that cover what is left, in half vectors where there are.
+template <class T>
+EMO_INLINE int64_t panel_width(int64_t channels_left) {
+  constexpr int64_t kGrain = kHalfVectors ? kLanesOf<T> / 2 : kLanesOf<T>;
+  return min<int64_t>(kPanel<T>, ceil_div(channels_left, kGrain) * kGrain);
+}
+
+// f(shape) for the PanelShape of a width.
+template <class T, class F>
+EMO_INLINE void with_shape(int64_t width, F f) {
+  constexpr int kLanes = kLanesOf<T>;
+  if (width == 3 * kLanes) return f(PanelShape<T, 3, false>{});
+  if (width == 2 * kLanes) return f(PanelShape<T, 2, false>{});
+  if (width == kLanes) return f(PanelShape<T, 1, false>{});
+  if constexpr (kHalfVectors) {
+    if (width > 2 * kLanes) return f(PanelShape<T, 2, true>{});
+    if (width > kLanes) return f(PanelShape<T, 1, true>{});
+    return f(PanelShape<T, 0, true>{});
+  }
+}
+
+template <class T>
+void copy_padded(const T* src, int64_t count, T* dst, int64_t padded) {
+  for (int64_t i = 0; i < padded; ++i) dst[i] = src && i < count ? src[i] : T(0);
+}
+
+template <class T, Activation kAct, class Shape>
+void expand_pixels(ExpandTile<T> tile, int64_t pixels) {
+  constexpr int kRows = Shape::kRows, kFewRows = kRows / 2;
+  for (int64_t i = 0; i < pixels;) {
+    const bool many = pixels - i > kFewRows;
+    if (many) {
+      expand_tile<T, kRows, Shape, kAct>(tile);
+    } else {
+      expand_tile<T, kFewRows, Shape, kAct>(tile);
+    }
+    const int64_t step = many ? kRows : kFewRows;
+    tile.a += step * kPanel<T>;
+    tile.offsets += step;
+    i += step;
+  }
+}
+
+template <class T, class Shape>
+void expand_pixels(Activation act, const ExpandTile<T>& tile, int64_t pixels) {
+  switch (act) {
+    case Activation::kNone:
+      return expand_pixels<T, Activation::kNone, Shape>(tile, pixels);
+    case Activation::kRelu:
+      return expand_pixels<T, Activation::kRelu, Shape>(tile, pixels);
+    case Activation::kGelu:
+      return expand_pixels<T, Activation::kGelu, Shape>(tile, pixels);
+    case Activation::kSilu:
+      return expand_pixels<T, Activation::kSilu, Shape>(tile, pixels);
+  }
+}
+
+template <class T, class Shape>
+void shrink_pixels(ShrinkTile<T> tile, int64_t pixels) {
+  constexpr int kRows = Shape::kRows, kFewRows = kRows / 2;
+  for (int64_t i = 0; i < pixels;) {
+    const bool many = pixels - i > kFewRows;
+    const int64_t step = many ? kRows : kFewRows;
+    tile.pixels = min(step, pixels - i);
+    if (many) {
+      shrink_tile<T, kRows, Shape>(tile);
+    } else {
+      shrink_tile<T, kFewRows, Shape>(tile);
+    }
+    tile.a += step * kPanel<T>;
+    tile.offsets += step;
+    i += step;
+  }
+}
+
+}  // namespace
+}  // namespace emo_kernels::cpu
