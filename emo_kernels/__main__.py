@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.startswith("emo_kernels"):
             raise
         return _fail(_missing_library(outer.command, error))
-    except (ValueError, OSError, NotImplementedError) as error:
-        if outer.traceback:
+    except (ValueError, OSError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
+        expected = not isinstance(error, RuntimeError) or isinstance(error, NotImplementedError)
+        if outer.traceback or not (expected or "memory" in str(error)):
             raise
         return _fail(str(error))
 

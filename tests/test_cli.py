@@ -53,6 +53,7 @@ def photo(tmp_path: Path) -> Path:
         (["explain", "emo_9m"], "emo_1m"),
         (["explain", "emo_1m", "--size", "1", "2", "3", "4"], "--size must be"),
         (["explain", "emo_1m", "--size", "0"], "--size must be"),
+        (["explain", "emo_1m", "--size", "9000000"], "memory"),
         (["explain", "emo_1m", "--set", "depths"], "--set must be NAME=VALUE, got 'depths'"),
         (["explain", "emo_1m", "--set", "banana=1"], "banana"),
         (["explain", "emo_1m", "--backend", "banana"], "banana"),

@@ -23,8 +23,10 @@ def save(numbers: dict[str, Any], path: Path) -> None:
     _draw_time(time, photo["inputs"])
     _draw_memory(memory, photo["inputs"])
     _draw_learning(learning, digits)
+    name = photo["name"] if photo["name"].isascii() and len(photo["name"]) < 40 else "a photo"
     figure.suptitle(
-        f"EMO-5M on {photo['name']}, plain PyTorch against emo_kernels",
+        f"EMO-5M on {name}, plain PyTorch against emo_kernels",
+        parse_math=False,
         fontsize=14,
         fontweight="bold",
         color=_INK,
