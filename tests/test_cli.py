@@ -387,5 +387,8 @@ def test_demo_quick(photo: Path, tmp_path: Path) -> None:
     assert numbers["disagreements"] == []
     sizes = [(row["height"], row["width"]) for row in numbers["photo"]["inputs"]]
     assert sizes == [(224, 224), (41, 67)]
+    # the plain model must hold at least stage 1's first expanded map: 96 channels of 112 x 112
+    assert numbers["photo"]["inputs"][0]["peak_megabytes"]["plain"] > 96 * 112 * 112 * 4 / 2**20
+    assert all(min(r["peak_megabytes"].values()) > 0 for r in numbers["photo"]["inputs"])
     with Image.open(tmp_path / "out" / "demo.png") as chart:
         assert min(chart.size) > 400

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from emo_kernels.cli.images import centre_crop, normalized, open_photo, random_crop
 from emo_kernels.cli.memory import peak_megabytes
 from emo_kernels.cli.pairs import VARIANTS, Pair, build_pair, compare_pair, variants
+from emo_kernels.cli.progress import Progress
 from emo_kernels.cli.timing import interleaved
 
 MODEL = "emo_5m"
@@ -62,15 +65,21 @@ def compare(
     device = next(pair.plain.parameters()).device
     pictures = (centre_crop(image, 224), own_size(image))
     inputs = [normalized(picture)[None].to(device) for picture in pictures]
+    measure = partial(peak_megabytes, pair.plain, MODEL, {}, inputs, backend=backend)
     peaks = {}
-    for variant in VARIANTS:
-        peaks[variant], method = peak_megabytes(
-            pair.plain, MODEL, {}, inputs, variant=variant, backend=backend
-        )
+    with (
+        ThreadPoolExecutor() as pool,  # the children do not disturb each other: nothing is timed
+        Progress("measure memory", len(VARIANTS), unit="process") as progress,
+    ):
+        found = pool.map(lambda variant: measure(variant=variant), VARIANTS)
+        for variant, peak in zip(VARIANTS, found, strict=True):
+            peaks[variant], method = peak
+            progress.advance()
     rows = []
     for i, x in enumerate(inputs):
-        megabytes = {variant: values[i] for variant, values in peaks.items()}
-        rows.append({**_measure(pair, x, seconds, min_rounds), "peak_megabytes": megabytes})
+        row = _measure(pair, x, seconds, min_rounds)
+        row["peak_megabytes"] = {variant: values[i] for variant, values in peaks.items()}
+        rows.append(row)
     return {"memory_is": method, "inputs": rows}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from emo_kernels.cli.pairs import forward_of
 from emo_kernels.models import create_model
 
+_LARGE_BLOCK = 64 * 1024  # bytes
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -61,7 +63,11 @@ def peak_megabytes(
         path = Path(folder) / "request.pt"
         torch.save(request, path)
         command = [sys.executable, "-W", "ignore", "-m", __name__, str(path)]
-        child = subprocess.run(command, capture_output=True, text=True, check=False)
+        # Large blocks go back to the system when freed: what is counted is in use, not left over.
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(_LARGE_BLOCK)}
+        child = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )
     if child.returncode != 0:
         raise OSError(f"measuring memory in a child process failed: {child.stderr.strip()[-300:]}")
     answer = json.loads(child.stdout)
