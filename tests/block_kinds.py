@@ -36,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "se_ratio": 0.5,
     },
     "downsampler": {"attn_s": False, "stride": 2, "has_skip": False, "exp_ratio": 2.0, "dw_ks": 5},
+    "downsampler_layer_scale": {"attn_s": False, "stride": 2, "has_skip": False, "ls_value": 0.5},
     "no_expansion": {"attn_s": False, "v_proj": False, "norm_in": False, "has_skip": False},
     "attention_pre": {"attn_pre": True, "norm_layer": "ln_2d", "act_layer": "gelu"},
     "attention_post": {"attn_pre": False, "exp_ratio": 2.0, "act_layer": "gelu"},
@@ -45,6 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "attention_both_pre": {"window_mode": "both", "attn_pre": True, "act_layer": "silu"},
     "attention_of_x": {"qk_proj": False, "act_layer": "gelu"},
     "attention_last": {"op_order": "conv_attn", "exp_ratio": 2.0, "act_layer": "gelu"},
+    "attention_last_se": {"op_order": "conv_attn", "se_ratio": 0.5, "act_layer": "silu"},
     "attention_only": {"dw_ks": 0, "attn_pre": True, "act_layer": "gelu"},
     "neither": {"dw_ks": 0, "attn_s": False, "act_layer": "gelu"},
 }

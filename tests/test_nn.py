@@ -163,7 +163,14 @@ class TestTracing:
     options = {"dim_head": 2, "window_size": 3}
     x, other = torch.randn(2, 4, 7, 8), torch.randn(3, 4, 10, 4)
     kinds = pytest.mark.parametrize(
-        "kind", ["attention_pre", "attention_post", "attention_both", "attention_last", "conv"]
+        "kind",
+        [
+            "conv",
+            "attention_pre",
+            pytest.param("attention_post", marks=pytest.mark.slow),
+            pytest.param("attention_both", marks=pytest.mark.slow),
+            pytest.param("attention_last", marks=pytest.mark.slow),
+        ],
     )
 
     def block(self, kind: str) -> nn.Module:
