@@ -38,7 +38,7 @@ def save(numbers: dict[str, Any], path: Path) -> None:
     figure.text(
         0.988,
         -0.01,
-        footer + numbers["measured_on"],
+        footer,
         fontsize=8,
         color=_FAINT,
         ha="right",
@@ -129,7 +129,7 @@ def _bars(
             axes.text(
                 x,
                 max(upper, height) + 0.012 * top,
-                f"{height:.3g}",
+                f"{height:.1f}" if height < 100 else f"{height:.0f}",
                 ha="center",
                 va="bottom",
                 fontsize=9,
