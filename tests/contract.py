@@ -91,11 +91,11 @@ class OperatorContract:
     @over("few", dtypes=("fp32", "fp64"))
     @pytest.mark.parametrize("data", HARD_DATA)
     def test_hard_data(self, backend: str, row: Row, dtype: torch.dtype, data: str) -> None:
-        scale = {"sharp": 10.0, "sharper": 30.0}.get(data)
-        if scale is None:
+        sharpness = {"sharp": 10.0, "sharper": 30.0}.get(data)
+        if sharpness is None:
             case = self.case(row, data=data)
         else:
-            case = self.case(row, qk_scale=scale)
+            case = replace(self.case(row, qk_scale=sharpness), sharpness=sharpness)
         self.check(backend, case, dtype)
 
     @over("few", dtypes=("fp32", "fp64"))

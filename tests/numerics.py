@@ -56,12 +56,15 @@ class Case:
         options: the other keyword arguments.
         dead: names of tensors whose gradient vanishes by structure (attention over one token).
         constant: names of tensors that are no leaves (statistics): no gradient is asked for.
+        sharpness: how many times larger than usual q and k are, and with them the rounding of
+            the gradient that their biases' K half should not have.
     """
 
     tensors: dict[str, Tensor | None]
     options: dict[str, Any] = field(default_factory=dict)
     dead: tuple[str, ...] = ()
     constant: tuple[str, ...] = ()
+    sharpness: float = 1.0
 
     def differentiable(self) -> list[str]:
         """Names of the tensors whose gradients are compared."""
@@ -225,7 +228,9 @@ def _compare(key: str, actual: Tensor, truth: _Truth, label: str) -> Comparison:
     if key == "qk_bias":  # its K half shifts every logit of a row alike: no gradient
         live, zero = actual.chunk(2)
         # On a map of few pixels the Q half may cancel as well; then the weight's gradient counts.
-        scale = max(float(live.norm()), 0.1 * float(truth.want.get("qk_weight", live).norm()))
+        scale = truth.case.sharpness * max(
+            float(live.norm()), 0.1 * float(truth.want.get("qk_weight", live).norm())
+        )
         assert_structural_zero(zero, scale, dtype, name=f"{label} (K half)")
     return assert_kernel_close(
         part(actual),
