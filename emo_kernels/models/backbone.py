@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from emo_kernels.models.configs import EMOConfig
@@ -76,8 +76,3 @@ class EMOBackbone(EMOStages):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
-
-
-def is_backbone(model: nn.Module) -> bool:
-    """Whether the model is a backbone, which has no norm and no head behind its stages."""
-    return isinstance(model, EMOBackbone)

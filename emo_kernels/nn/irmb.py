@@ -101,37 +101,20 @@ class iRMB(nn.Module):
 
         self.norm = get_norm(norm_layer, dim_in, "iRMB") if norm_in else nn.Identity()
         if attn_s:
-            self.scale = dim_head**-0.5
-            if qk_proj:
-                self.qk = _pointwise(dim_in, 2 * dim_in, bias=qkv_bias)
-            self.attn_drop = nn.Dropout(_rate("attn_drop", attn_drop))
+            self._add_attention(qkv_bias, attn_drop)
         self.v: nn.Module = nn.Identity()
         if attn_s or v_proj:
             groups = self.num_head if attn_s and v_group else 1
             self.v = _pointwise(dim_in, dim_mid, groups, qkv_bias, act_layer)
-        self.conv_local: nn.Module = nn.Identity()
-        if dw_ks > 0:
-            local = ConvNormAct(
-                dim_mid,
-                dim_mid,
-                kernel_size=dw_ks,
-                stride=stride,
-                dilation=dilation,
-                groups=dim_mid,
-                norm_layer="bn_2d",
-                act_layer="silu",
-                pad_dilation=pad_dilation,
-            )
-            self._check_skip(local.conv)
-            self.conv_local = local
-        self.se: nn.Module = nn.Identity()
-        if se_ratio > 0:
-            self.se = SqueezeExcite(dim_mid, round(dim_mid * se_ratio), act_layer)
+        local = (dim_mid, dw_ks, stride, dilation, pad_dilation)
+        self.conv_local: nn.Module = self._make_local(*local) if dw_ks else nn.Identity()
+        squeeze = (dim_mid, round(dim_mid * se_ratio), act_layer)
+        self.se: nn.Module = SqueezeExcite(*squeeze) if se_ratio else nn.Identity()
         self.proj_drop = nn.Dropout(_rate("drop", drop))
         self.proj = _pointwise(dim_mid, dim_out)
         self.ls = LayerScale2d(dim_out, ls_value) if ls_value else nn.Identity()
-        path = _rate("drop_path", drop_path)
-        self.drop_path = DropPath(path) if path and self.has_skip else nn.Identity()
+        drops = _rate("drop_path", drop_path) > 0 and self.has_skip
+        self.drop_path = DropPath(drop_path) if drops else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, O, H', W')."""
@@ -184,6 +167,37 @@ class iRMB(nn.Module):
             return u
         c: Tensor = self.se(self.conv_local(u))
         return u + c if self.has_skip else c
+
+    def _add_attention(self, qkv_bias: bool, attn_drop: float) -> None:
+        """What makes A from h."""
+        self.scale = self.dim_head**-0.5
+        if self.qk_proj:
+            self.qk = _pointwise(self.dim_in, 2 * self.dim_in, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(_rate("attn_drop", attn_drop))
+
+    def _make_local(
+        self, dim_mid: int, dw_ks: int, stride: int, dilation: int, pad_dilation: bool
+    ) -> ConvNormAct:
+        """SiLU(BN(DWConv)), of these kinds whatever the switches; the skips need the map's size."""
+        layer = ConvNormAct(
+            dim_mid,
+            dim_mid,
+            kernel_size=dw_ks,
+            stride=stride,
+            dilation=dilation,
+            groups=dim_mid,
+            norm_layer="bn_2d",
+            act_layer="silu",
+            pad_dilation=pad_dilation,
+        )
+        grown = 2 * int(layer.conv.padding[0]) - dilation * (dw_ks - 1)
+        if self.has_skip and grown:
+            raise ValueError(
+                f"iRMB: dw_ks = {dw_ks} with dilation = {dilation} changes the map's sides by "
+                f"{grown} pixels, which a block with skips cannot add up; set has_skip to False, "
+                "an odd dw_ks, or pad_dilation to True"
+            )
+        return layer
 
     def _check_switches(
         self,
@@ -238,17 +252,6 @@ class iRMB(nn.Module):
                 f"{self.num_head} heads (dim_in / dim_head) where attention acts on them "
                 "(attn_pre = False, v_group = True or op_order = 'conv_attn'); change exp_ratio "
                 "or dim_head, or set attn_pre to True"
-            )
-
-    def _check_skip(self, conv: nn.Conv2d) -> None:
-        """The skips meet a map of the same size."""
-        (size, _), (dilation, _) = conv.kernel_size, conv.dilation
-        grown = 2 * int(conv.padding[0]) - dilation * (size - 1)
-        if self.has_skip and grown:
-            raise ValueError(
-                f"iRMB: dw_ks = {size} with dilation = {dilation} changes the map's sides by "
-                f"{grown} pixels, which a block with skips cannot add up; set has_skip to False, "
-                "an odd dw_ks, or pad_dilation to True"
             )
 
 
