@@ -48,9 +48,9 @@ template <class T>
 void Stages<T>::pack_outputs(int64_t p0, int64_t p1) {
   const int64_t P = kPanel<T>;
   for (int64_t p = p0; p < p1; ++p) {
-    const int64_t o = p * P, left = call_.O - o;
-    pack_panel<T>(data(call_.proj_weight) + o * call_.M, min(P, left), call_.M,
-                  shared_ + plan.proj_weight + o * call_.M, panel_width<T>(left));
+    const OutputPanel<T> panel(p, call_.O);
+    pack_panel<T>(data(call_.proj_weight) + panel.start * call_.M, panel.channels, call_.M,
+                  shared_ + plan.proj_weight + p * P * call_.M, panel.width);
   }
 }
 
@@ -249,17 +249,18 @@ void Stages<T>::gate(int64_t n) {
 template <class T>
 void Stages<T>::shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, const T* d,
                              int64_t d_stride, int64_t channel0, int64_t channels) {
-  const int64_t o = panel * kPanel<T>, width = panel_width<T>(call_.O - o);
+  const OutputPanel<T> outputs(panel, call_.O);
+  const int64_t o = outputs.start, width = outputs.width;
   ShrinkTile<T> tile{};
   tile.a = d + pixel0 * kPanel<T>;
   tile.a_panel_stride = d_stride;
-  tile.b = shared_ + plan.proj_weight + o * call_.M + channel0 * width;
+  tile.b = shared_ + plan.proj_weight + panel * kPanel<T> * call_.M + channel0 * width;
   tile.K = channels;
   tile.out = out_ + o;
   tile.residual = call_.skip ? residual_ + o : nullptr;
   tile.gamma = call_.gamma.data ? shared_ + plan.gamma + o : nullptr;
   tile.offsets = out_offsets_ + pixel0;
-  tile.channels = min<int64_t>(width, call_.O - o);
+  tile.channels = outputs.channels;
   tile.first = channel0 == 0;
   tile.last = channel0 + channels == call_.M;
   with_shape<T>(width,
@@ -279,19 +280,24 @@ void Stages<T>::shrink(int64_t y0, int64_t y1) {
   }
 }
 
-constexpr int64_t kShareRows = 56;  // a multiple of every tile's rows
+constexpr int64_t kShareRows = kRegisters == 32 ? 8 : 4;  // rows of a whole GEMM tile
 
+// Panel by panel, so that a thread reads few panels of weights; shares are equal in channels.
 template <class T>
 void Stages<T>::shrink_share(int thread, int threads) {
-  const int64_t P = kPanel<T>, pixels = plan.Ho * plan.Wo, tiles = ceil_div(pixels, kShareRows);
-  for (int64_t i = 0; i < pixels; ++i) out_offsets_[i] = (n_ * pixels + i) * call_.O;
-  const int64_t end = tiles * plan.panels_o * (thread + 1) / threads;
-  for (int64_t unit = tiles * plan.panels_o * thread / threads; unit < end;) {
-    const int64_t panel = unit / tiles, tile0 = unit % tiles;
-    const int64_t tile1 = min(tiles, tile0 + end - unit);
-    shrink_panel(panel, tile0 * kShareRows, min(pixels, tile1 * kShareRows),
-                 shared_ + plan.d_shared, plan.tile_pixels * P, 0, call_.M);
-    unit += tile1 - tile0;
+  const int64_t pixels = plan.Ho * plan.Wo, tiles = ceil_div(pixels, kShareRows), O = call_.O;
+  const int64_t begin = O * tiles * thread / threads, end = O * tiles * (thread + 1) / threads;
+  for (int64_t i = 0; i < pixels; ++i) out_offsets_[i] = (n_ * pixels + i) * O;
+  for (int64_t p = 0; p < plan.panels_o; ++p) {
+    const OutputPanel<T> panel(p, O);
+    const auto row = [&](int64_t work) {
+      const int64_t tile = (work - panel.start * tiles) / panel.channels;
+      return min(pixels, max<int64_t>(0, tile) * kShareRows);
+    };
+    if (row(begin) < row(end)) {
+      shrink_panel(p, row(begin), row(end), shared_ + plan.d_shared, plan.tile_pixels * kPanel<T>,
+                   0, call_.M);
+    }
   }
 }
 
