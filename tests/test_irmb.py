@@ -190,7 +190,7 @@ class TestIRMB(TransformContract, RejectContract, FuzzContract):
         for wrong in (tensors, tuple(weights), None):
             with pytest.raises((TypeError, ValueError), match=r"irmb: weights .*IRMBWeights"):
                 ops.irmb(x, wrong, spec)  # type: ignore[arg-type]
-        for wrong in (spec._asdict(), tuple(spec), spec.encode(), None):
+        for wrong in (spec._asdict(), tuple(spec), str(spec), None):
             with pytest.raises((TypeError, ValueError), match=r"irmb: spec .*IRMBSpec"):
                 ops.irmb(x, weights, wrong)  # type: ignore[arg-type]
 

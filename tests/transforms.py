@@ -184,9 +184,11 @@ class TransformContract(OperatorContract):
 
         free = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
         shapes = {n: free if n in MAPS else None for n in present(traced)}
-        program = torch.export.export(
-            Module(), (present(traced),), dynamic_shapes=(shapes,), strict=False
-        )
+        # Else sizes that happen to be 1, such as the windows of a small map, are taken for fixed.
+        with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+            program = torch.export.export(
+                Module(), (present(traced),), dynamic_shapes=(shapes,), strict=False
+            )
         calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
         assert calls and not any("emo_kernels" in target for target in calls), calls
         for case in (traced, other):

@@ -60,8 +60,9 @@ def depthwise_conv2d(
         tensor([4., 6., 6., 4.])
     """
     checks.check_map("depthwise_conv2d", x)
+    checks.check_is_tensor("depthwise_conv2d", "weight", weight)
     c, h, w = x.shape[1:]
-    if weight.dim() != 4 or weight.shape[0] != c or weight.shape[1] != 1:
+    if weight.dim() != 4 or weight.shape[:2] != (c, 1) or weight.shape[-1] < 1:
         raise ValueError(
             f"depthwise_conv2d: weight must be (C, 1, K, K) with C = {c}, got {tuple(weight.shape)}"
         )

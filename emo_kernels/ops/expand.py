@@ -22,20 +22,6 @@ _operator = Operator(
 )
 
 
-def check_pointwise(operator: str, x: Tensor, name: str, weight: Tensor, groups: int) -> None:
-    """``weight`` is a 1x1 convolution (M, C / groups, 1, 1) of x's channels."""
-    checks.check_integer(operator, "groups", groups, 1)
-    c = x.shape[1]
-    if c % groups:
-        raise ValueError(f"{operator}: groups must divide C = {c}, got {groups}")
-    if weight.dim() != 4 or weight.shape[1:] != (c // groups, 1, 1) or weight.shape[0] % groups:
-        raise ValueError(
-            f"{operator}: {name} must be (M, C / groups, 1, 1) with C = {c}, groups = {groups} "
-            f"and groups dividing M, got {tuple(weight.shape)}"
-        )
-    checks.check_like(operator, x, name, weight)
-
-
 def expand(
     x: Tensor,
     weight: Tensor,
@@ -76,7 +62,7 @@ def expand(
         tensor([2., 2., 2.])
     """
     checks.check_map("expand", x)
-    check_pointwise("expand", x, "weight", weight, groups)
+    checks.check_pointwise("expand", x, "weight", weight, groups, "groups")
     checks.check_tensor("expand", x, "bias", bias, weight.shape[:1], "(M,)")
     checks.check_norm("expand", x, norm, norm_weight, norm_bias, eps)
     checks.check_choice("expand", "act", act, ACTIVATIONS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emo_kernels.ops import checks
@@ -21,14 +23,18 @@ from emo_kernels.spec import (
 )
 
 
+def _output_size(size: Sequence[int], stencil: Sequence[int] | None, spec: IRMBSpec) -> list[int]:
+    """(H', W') of a (C, H, W) map behind a depthwise weight of shape ``stencil``."""
+    if stencil is None:
+        return [*size[1:]]
+    step = (stencil[-1], spec.stride, spec.padding, spec.dilation)
+    return [conv_output_size(side, *step) for side in size[1:]]
+
+
 def _output_shape(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> tuple[int, ...]:
-    n, _c, h, w = x.shape
     assert weights.proj_weight is not None
-    o = weights.proj_weight.shape[0]
-    if weights.dw_weight is None:
-        return (n, o, h, w)
-    step = (weights.dw_weight.shape[-1], spec.stride, spec.padding, spec.dilation)
-    return (n, o, conv_output_size(h, *step), conv_output_size(w, *step))
+    stencil = None if weights.dw_weight is None else weights.dw_weight.shape
+    return (x.shape[0], weights.proj_weight.shape[0], *_output_size(x.shape[1:], stencil, spec))
 
 
 class _BlockOperator(Operator):
@@ -57,70 +63,113 @@ _operator = _BlockOperator(
 )
 
 
-def _expected_shapes(c: int, weights: IRMBWeights, spec: IRMBSpec) -> dict[str, tuple[int, ...]]:
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+
+def _expected_shapes(c: int, shapes: Shapes, spec: IRMBSpec) -> Shapes:
     """The one right shape of every tensor of a block with C input channels."""
-    proj, v, dw, se = (
-        weights.proj_weight,
-        weights.v_weight,
-        weights.dw_weight,
-        weights.se_reduce_weight,
-    )
-    assert proj is not None
-    m = c if v is None else v.shape[0]
-    o = proj.shape[0]
-    k = 1 if dw is None else dw.shape[-1]
-    r = 1 if se is None else se.shape[0]
-    shapes: dict[str, tuple[int, ...]] = {"proj_weight": (o, m, 1, 1), "gamma": (o,)}
-    shapes |= {"qk_weight": (2 * c, c, 1, 1), "qk_bias": (2 * c,)}
-    shapes |= {"v_weight": (m, c // spec.v_groups, 1, 1), "v_bias": (m,), "dw_weight": (m, 1, k, k)}
-    shapes |= {"se_reduce_weight": (r, m, 1, 1), "se_reduce_bias": (r,)}
-    shapes |= {"se_expand_weight": (m, r, 1, 1), "se_expand_bias": (m,)}
-    shapes |= dict.fromkeys(("norm_weight", "norm_bias", "norm_mean", "norm_var"), (c,))
-    shapes |= dict.fromkeys(("bn_weight", "bn_bias", "bn_mean", "bn_var"), (m,))
-    return shapes
+    m = shapes["v_weight"][0] if "v_weight" in shapes else c
+    o = shapes["proj_weight"][0]
+    k = shapes["dw_weight"][-1] if "dw_weight" in shapes else 1
+    r = shapes["se_reduce_weight"][0] if "se_reduce_weight" in shapes else 1
+    expected: Shapes = {"proj_weight": (o, m, 1, 1), "gamma": (o,)}
+    expected |= {"qk_weight": (2 * c, c, 1, 1), "qk_bias": (2 * c,)}
+    expected |= {"v_weight": (m, c // spec.v_groups, 1, 1), "v_bias": (m,)}
+    expected |= {"dw_weight": (m, 1, k, k)}
+    expected |= {"se_reduce_weight": (r, m, 1, 1), "se_reduce_bias": (r,)}
+    expected |= {"se_expand_weight": (m, r, 1, 1), "se_expand_bias": (m,)}
+    expected |= dict.fromkeys(("norm_weight", "norm_bias", "norm_mean", "norm_var"), (c,))
+    expected |= dict.fromkeys(("bn_weight", "bn_bias", "bn_mean", "bn_var"), (m,))
+    return expected
 
 
-def _check_switches(c: int, weights: IRMBWeights, spec: IRMBSpec) -> None:
+def _check_switches(c: int, shapes: Shapes, spec: IRMBSpec) -> None:
     checks.check_choice("irmb", "spec.norm", spec.norm, NORMS)
     checks.check_choice("irmb", "spec.act", spec.act, ACTIVATIONS)
     checks.check_choice("irmb", "spec.window_mode", spec.window_mode, WINDOW_MODES)
     checks.check_choice("irmb", "spec.op_order", spec.op_order, OP_ORDERS)
+    checks.check_epsilon("irmb", "spec.norm_eps", spec.norm_eps)
+    checks.check_epsilon("irmb", "spec.bn_eps", spec.bn_eps)
     checks.check_integer("irmb", "spec.stride", spec.stride, 1)
     checks.check_integer("irmb", "spec.dilation", spec.dilation, 1)
     checks.check_integer("irmb", "spec.padding", spec.padding, 0)
     checks.check_integer("irmb", "spec.v_groups", spec.v_groups, 1)
+    checks.check_integer("irmb", "spec.head_dim", spec.head_dim, 0)
+    checks.check_integer("irmb", "spec.window_size", spec.window_size)
     if c % spec.v_groups:
         raise ValueError(f"irmb: spec.v_groups must divide C = {c}, got {spec.v_groups}")
-    v = weights.v_weight
     if spec.head_dim:
-        check_heads("irmb", c, None if spec.attn_pre or v is None else v.shape[0], spec.head_dim)
-    for norm, group in ((spec.norm == "batch", "norm"), (weights.dw_weight is not None, "bn")):
+        over_v = not spec.attn_pre and "v_weight" in shapes
+        check_heads("irmb", c, shapes["v_weight"][0] if over_v else None, spec.head_dim)
+
+
+# The first of each group may be absent only with the rest of it: nothing is left out in silence.
+_GROUPS = (
+    ("qk_weight", "qk_bias"),
+    ("v_weight", "v_bias"),
+    ("se_reduce_weight", "se_reduce_bias", "se_expand_weight", "se_expand_bias"),
+    ("se_expand_weight", "se_expand_bias", "se_reduce_weight", "se_reduce_bias"),
+    ("dw_weight", "bn_mean", "bn_var", "bn_weight", "bn_bias"),
+)
+
+
+def _check_present(shapes: Shapes, spec: IRMBSpec) -> None:
+    for name, *others in _GROUPS:
+        given = [other for other in others if other in shapes]
+        if given and name not in shapes:
+            raise ValueError(f"irmb: weights.{name} is needed with weights.{given[0]}, got None")
+    for needed, group in ((spec.norm == "batch", "norm"), ("dw_weight" in shapes, "bn")):
         for statistic in (f"{group}_mean", f"{group}_var"):
-            if norm and getattr(weights, statistic) is None:
+            if needed and statistic not in shapes:
                 raise ValueError(f"irmb: weights.{statistic} is needed by the batch norm, got None")
+    if "proj_weight" not in shapes:
+        raise ValueError("irmb: weights.proj_weight must be (O, M, 1, 1), got None")
+
+
+def _check_shapes(size: Shape, present: tuple[tuple[str, Shape], ...], *switches: Any) -> None:
+    """Switches and weights fit one another and a map of ``size`` (C, H, W)."""
+    spec, shapes, c = IRMBSpec._make(switches), dict(present), size[0]
+    _check_present(shapes, spec)
+    _check_switches(c, shapes, spec)
+    expected = _expected_shapes(c, shapes, spec)
+    for name, shape in shapes.items():
+        if shape != expected[name]:
+            raise ValueError(
+                f"irmb: weights.{name} must be {expected[name]} for a map of C = {c} channels, "
+                f"got {shape}"
+            )
+    o = shapes["proj_weight"][0]
+    h, w = _output_size(size, shapes.get("dw_weight"), spec)
+    if h < 1 or w < 1:
+        raise ValueError(f"irmb: the depthwise kernel does not fit a map of (C, H, W) = {size}")
+    if spec.skip and (o, h, w) != size:
+        raise ValueError(
+            f"irmb: spec.skip needs an output shaped as the input, {size}, got {(o, h, w)}; "
+            "set skip=False"
+        )
+
+
+# An accelerated block passes the same shapes at every call: 3 instead of 25 us.
+_check_shapes_once = lru_cache(maxsize=4096, typed=True)(_check_shapes)
 
 
 def _check_block(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> None:
-    if weights.proj_weight is None:
-        raise ValueError("irmb: weights.proj_weight must be (O, M, 1, 1), got None")
-    c = x.shape[1]
-    _check_switches(c, weights, spec)
-    shapes = _expected_shapes(c, weights, spec)
-    for name, tensor in weights.present():
-        if tensor.shape != shapes[name]:
-            raise ValueError(
-                f"irmb: weights.{name} must be {shapes[name]} for a map of C = {c} channels, "
-                f"got {tuple(tensor.shape)}"
-            )
-        checks.check_like("irmb", x, f"weights.{name}", tensor)
-    _n, o, h, w = _output_shape(x, weights, spec)
-    if h < 1 or w < 1:
-        raise ValueError(f"irmb: the depthwise kernel does not fit the map {tuple(x.shape)}")
-    if spec.skip and (o, h, w) != tuple(x.shape[1:]):
-        raise ValueError(
-            f"irmb: spec.skip needs an output shaped as the input, {tuple(x.shape[1:])}, "
-            f"got {(o, h, w)}; set skip=False"
-        )
+    if not isinstance(weights, IRMBWeights):
+        raise TypeError(f"irmb: weights must be an IRMBWeights, got {type(weights).__name__}")
+    if not isinstance(spec, IRMBSpec):
+        raise TypeError(f"irmb: spec must be an IRMBSpec, got {type(spec).__name__}")
+    dtype, device = x.dtype, x.device
+    shapes = []
+    for name, tensor in zip(IRMBWeights._fields, weights, strict=True):
+        if tensor is None:
+            continue
+        checks.check_is_tensor("irmb", f"weights.{name}", tensor)
+        if tensor.dtype is not dtype or tensor.device != device:
+            checks.check_like("irmb", x, f"weights.{name}", tensor)
+        shapes.append((name, tuple(tensor.shape)))
+    check = _check_shapes if torch.compiler.is_compiling() else _check_shapes_once
+    check(tuple(x.shape[1:]), tuple(shapes), *spec)
 
 
 def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec, *, backend: str | None = None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from emo_kernels.ops import checks
-from emo_kernels.ops.expand import check_pointwise
 from emo_kernels.ops.registration import Operator
 
 
@@ -62,9 +61,9 @@ def shrink(
         >>> shrink(y, torch.ones(1, 2, 1, 1), local=y + 1, residual=y[:, :1] + 3).item()
         5.0
     """
-    checks.check_map("shrink", y)
+    checks.check_map("shrink", y, "y")
     n, m, h, w = y.shape
-    check_pointwise("shrink", y, "weight", weight, 1)
+    checks.check_pointwise("shrink", y, "weight", weight, 1, "groups")
     o = weight.shape[0]
     if (scale is None) != (shift is None):
         raise ValueError("shrink: scale and shift must come together, each (M,), got one of them")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from emo_kernels.ops import checks
-from emo_kernels.ops.expand import check_pointwise
 from emo_kernels.ops.registration import Operator
 from emo_kernels.spec import ACTIVATIONS, WINDOW_MODES
 
@@ -110,9 +109,10 @@ def window_attention(
     if v_weight is None and (v_bias is not None or v_act != "none" or v_groups != 1):
         raise ValueError("window_attention: v_bias, v_act and v_groups need v_weight")
     if v_weight is not None:
-        check_pointwise("window_attention", x, "v_weight", v_weight, v_groups)
+        checks.check_pointwise("window_attention", x, "v_weight", v_weight, v_groups, "v_groups")
         checks.check_tensor("window_attention", x, "v_bias", v_bias, v_weight.shape[:1], "(M,)")
     check_heads("window_attention", c, None if v_weight is None else v_weight.shape[0], head_dim)
+    checks.check_integer("window_attention", "window_size", window_size)
     checks.check_choice("window_attention", "window_mode", window_mode, WINDOW_MODES)
     checks.check_choice("window_attention", "v_act", v_act, ACTIVATIONS)
     checks.check_norm("window_attention", x, norm, norm_weight, norm_bias, eps)

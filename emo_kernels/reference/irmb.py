@@ -12,6 +12,7 @@ from emo_kernels.reference.shrink import shrink
 from emo_kernels.reference.window_attention import (
     Windows,
     attend,
+    crop,
     pad_to_windows,
     window_attention,
 )
@@ -75,7 +76,9 @@ def _norm(x: Tensor, w: IRMBWeights, spec: IRMBSpec) -> Tensor:
     if spec.norm != "batch":
         return normalize(x, w.norm_weight, w.norm_bias, norm=spec.norm, eps=spec.norm_eps)
     mean, var = _present(w.norm_mean, "norm_mean"), _present(w.norm_var, "norm_var")
-    return F.batch_norm(x, mean, var, w.norm_weight, w.norm_bias, eps=spec.norm_eps)
+    # torch 2.13's backward on channels_last maps reads past vectors that are strided.
+    weight, bias = (t if t is None else t.contiguous() for t in (w.norm_weight, w.norm_bias))
+    return F.batch_norm(x, mean.contiguous(), var.contiguous(), weight, bias, eps=spec.norm_eps)
 
 
 def _expand(h: Tensor, w: IRMBWeights, spec: IRMBSpec) -> Tensor:
@@ -110,7 +113,7 @@ def _attend_over(h: Tensor, y: Tensor, w: IRMBWeights, spec: IRMBSpec) -> Tensor
     h, y = pad_to_windows(h, windows), pad_to_windows(y, windows)
     q, k = (h, h) if w.qk_weight is None else F.conv2d(h, w.qk_weight, w.qk_bias).chunk(2, dim=1)
     z = attend(q, k, y, head_dim=spec.head_dim, windows=windows, window_mode=spec.window_mode)
-    return z[:, :, :height, :width]
+    return crop(z, height, width)
 
 
 def _local(u: Tensor, w: IRMBWeights, spec: IRMBSpec) -> Tensor:

@@ -60,6 +60,11 @@ def pad_to_windows(x: Tensor, windows: Windows) -> Tensor:
     return F.pad(x, (0, n2 * ww - width, 0, n1 * wh - height))
 
 
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """Without the padding, channels_last: strides that do not tell whether there was any."""
+    return _copy(x[:, :, :height, :width].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def partition(x: Tensor, heads: int, windows: Windows, mode: str) -> Tensor:
     """(N, heads D, n1 wh, n2 ww) to (N n1 n2 heads, wh ww, D).
 
@@ -183,4 +188,4 @@ def window_attention(
     if v_weight is not None:
         v = activate(F.conv2d(h, v_weight, v_bias, groups=v_groups), v_act)
     z = attend(q, k, v, head_dim=head_dim, windows=windows, window_mode=window_mode)
-    return z[:, :, :height, :width]
+    return crop(z, height, width)
