@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emo_kernels import backends, ops, reference
+from emo_kernels.ops.bound import BoundBlock, can_bind, is_eager_inference
 from emo_kernels.ops.registration import needs_gradient
 from emo_kernels.spec import IRMBSpec, IRMBWeights
 from emo_kernels.structure import Reading, UnreadableError, has_global_hooks, looks_like_irmb
@@ -115,9 +116,10 @@ class AcceleratedForward:
         self.backend = backend
         self.previous = block.__dict__.get("forward")
         self._reading: Reading | None = None
+        self._bound: tuple[BoundBlock, tuple[str | None, IRMBSpec]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None}
+        return {**self.__dict__, "_reading": None, "_bound": None}
 
     def reading(self) -> Reading:
         """What the block is now."""
@@ -136,7 +138,20 @@ class AcceleratedForward:
             return own_forward(self.block, x)
         if reading.batch_dependent or torch.is_autocast_enabled(x.device.type):
             return own_forward(self.block, x)
-        weights, spec = reading.weights(), reading.spec
+        weights = reading.weights()
+        if not is_eager_inference(x):
+            return self._call(x, weights, reading.spec)
+        requested = backends.requested(self.backend)
+        bound = self._bound
+        if bound is not None and bound[1] == (requested, reading.spec):
+            if bound[0].holds(x, weights):
+                return bound[0](x)
+        out = self._call(x, weights, reading.spec)
+        self._bind(x, weights, reading.spec, requested)
+        return out
+
+    def _call(self, x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
+        """Choose the backend, or obey, and run the operator."""
         backend = self.backend
         if backends.requested(backend) is None:
             backend = backends.resolve("irmb", None, x, weights, spec)
@@ -147,6 +162,12 @@ class AcceleratedForward:
             ):
                 return own_forward(self.block, x)
         return ops.irmb(x, weights, spec, backend=backend)
+
+    def _bind(self, x: Tensor, weights: IRMBWeights, spec: IRMBSpec, requested: str | None) -> None:
+        """Keep the call that was just made for the next one."""
+        backend = backends.resolve("irmb", requested, x, weights, spec)
+        if can_bind(backend, weights):
+            self._bound = (BoundBlock(x, weights, spec, backend), (requested, spec))
 
 
 def is_traced(x: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,16 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
     Raises:
         ValueError: the kernel refuses a size or a pointer.
     """
+    dense = IRMBWeights._make(None if t is None else t.contiguous() for t in weights)
+    return irmb_bind(x, dense, spec)(x)
+
+
+def irmb_bind(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Callable[[Tensor], Tensor]:
+    """:func:`irmb` with all settled but the map's contents.
+
+    The result takes maps of x's shape and dtype, as long as the weights, which are dense, stay
+    where they are; it reads their values at every call.
+    """
     w = weights
     assert w.dw_weight is not None and w.proj_weight is not None
     n, c, h, width = x.shape
@@ -54,41 +66,40 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
     r = 0 if w.se_reduce_weight is None else w.se_reduce_weight.shape[0]
     step = (k, spec.stride, spec.padding, spec.dilation)
     out_h, out_w = conv_output_size(h, *step), conv_output_size(width, *step)
-    x = _channels_last(x)
-    out = torch.empty_strided(
-        (n, o, out_h, out_w), (o * out_h * out_w, 1, o * out_w, o), dtype=x.dtype
+    shape, strides = (n, o, out_h, out_w), (o * out_h * out_w, 1, o * out_w, o)
+    dtype, map_strides = x.dtype, (c * h * width, 1, c * width, c)
+    pointers = tuple([0 if t is None else t.data_ptr() for t in w])
+    counts = tuple([0 if t is None else t.numel() for t in w])
+    sizes = (n, c, h, width, m, o, k, r)
+    switches = (
+        _NORMS[spec.norm],
+        _ACTIVATIONS[spec.act],
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+        spec.skip,
+        spec.head_dim,
+        spec.window_size,
+        _WINDOWS[spec.window_mode],
+        spec.attn_pre,
     )
-    tensors = [t if t is None or t.is_contiguous() else t.contiguous() for t in w]
-    _C.irmb(
-        _DTYPES[x.dtype],
-        x.data_ptr(),
-        out.data_ptr(),
-        tuple([0 if t is None else t.data_ptr() for t in tensors]),
-        tuple([0 if t is None else t.numel() for t in tensors]),
-        (n, c, h, width, m, o, k, r),
-        (
-            _NORMS[spec.norm],
-            _ACTIVATIONS[spec.act],
-            spec.stride,
-            spec.padding,
-            spec.dilation,
-            spec.skip,
-            spec.head_dim,
-            spec.window_size,
-            _WINDOWS[spec.window_mode],
-            spec.attn_pre,
-        ),
-        spec.norm_eps,
-        spec.bn_eps,
-        torch.get_num_threads(),
-    )
-    return out
 
+    def run(x: Tensor) -> Tensor:
+        if x.stride() != map_strides:  # whatever torch says of dimensions of size one
+            x = torch.empty_strided(x.shape, map_strides, dtype=dtype).copy_(x)
+        out = torch.empty_strided(shape, strides, dtype=dtype)
+        _C.irmb(
+            _DTYPES[dtype],
+            x.data_ptr(),
+            out.data_ptr(),
+            pointers,
+            counts,
+            sizes,
+            switches,
+            spec.norm_eps,
+            spec.bn_eps,
+            torch.get_num_threads(),
+        )
+        return out
 
-def _channels_last(x: Tensor) -> Tensor:
-    """x dense in (N, H, W, C) order, whatever torch says of dimensions of size one."""
-    _n, c, h, w = x.shape
-    if x.stride() == (c * h * w, 1, c * w, c):
-        return x
-    out = torch.empty_strided(x.shape, (c * h * w, 1, c * w, c), dtype=x.dtype)
-    return out.copy_(x)
+    return run

@@ -20,6 +20,22 @@ from emo_kernels import backends
 _LIBRARY = torch.library.Library("emo_kernels", "DEF")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
+
+def define_eager(schema: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A torch op for eager inference alone: no gradient, nothing traces it; 4 us a call."""
+    _LIBRARY.define(schema)
+    name = schema.split("(")[0]
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    stem, overload = name.split(".")
+    op = getattr(getattr(torch.ops.emo_kernels, stem), overload)
+
+    def call(*args: Any) -> Tensor:
+        with _below_autograd():
+            return op(*args)
+
+    return call
+
+
 Tensors = Sequence[Tensor | None]
 Options = dict[str, Any]
 
