@@ -167,7 +167,7 @@ class Timing:
 
 
 def take_turns(
-    engines: Engines, threads: int, *, seconds: float, pause: float = 0.01
+    engines: Engines, threads: int, *, seconds: float, pause: float = 0.02
 ) -> dict[str, Timing]:
     """Time the engines round by round, a few calls each, the first of a turn not counted.
 
@@ -182,7 +182,7 @@ def take_turns(
             started = time.perf_counter()
             run()
             first = time.perf_counter() - started
-            for _ in range(max(2, min(8, int(0.02 / max(first, 1e-6))))):
+            for _ in range(max(2, min(25, int(0.03 / max(first, 1e-6))))):
                 started = time.perf_counter()
                 run()
                 timings[name].samples.append((time.perf_counter() - started) * 1e3)

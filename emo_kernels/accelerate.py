@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from emo_kernels import backends, ops, reference
-from emo_kernels.ops.bound import BoundBlock, can_bind, is_eager_inference
-from emo_kernels.ops.registration import needs_gradient
+from emo_kernels.ops.bound import BoundBlock, can_bind
+from emo_kernels.ops.registration import needs_gradient, runs_standard_operators
 from emo_kernels.spec import IRMBSpec, IRMBWeights
 from emo_kernels.structure import Reading, UnreadableError, has_global_hooks, looks_like_irmb
 
@@ -116,7 +116,7 @@ class AcceleratedForward:
         self.backend = backend
         self.previous = block.__dict__.get("forward")
         self._reading: Reading | None = None
-        self._bound: tuple[BoundBlock, tuple[str | None, IRMBSpec]] | None = None
+        self._bound: tuple[tuple[str | None, IRMBSpec], BoundBlock] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reading": None, "_bound": None}
@@ -130,8 +130,11 @@ class AcceleratedForward:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The fused operator where it computes this call, else the block's own forward."""
-        if args or kwargs or is_traced(x) or has_global_hooks():
+        if args or kwargs or not isinstance(x, Tensor) or has_global_hooks():
             return own_forward(self.block, x, *args, **kwargs)
+        eager = not torch.compiler.is_compiling()
+        if torch.jit.is_tracing() if eager else torch.compiler.is_exporting():
+            return own_forward(self.block, x)
         try:
             reading = self.reading()
         except UnreadableError:
@@ -139,15 +142,14 @@ class AcceleratedForward:
         if reading.batch_dependent or torch.is_autocast_enabled(x.device.type):
             return own_forward(self.block, x)
         weights = reading.weights()
-        if not is_eager_inference(x):
+        if torch.is_grad_enabled() or not eager or runs_standard_operators(x):
             return self._call(x, weights, reading.spec)
-        requested = backends.requested(self.backend)
+        choice = (backends.requested(self.backend), reading.spec)
         bound = self._bound
-        if bound is not None and bound[1] == (requested, reading.spec):
-            if bound[0].holds(x, weights):
-                return bound[0](x)
+        if bound is not None and bound[0] == choice and bound[1].holds(x, weights):
+            return bound[1](x)
         out = self._call(x, weights, reading.spec)
-        self._bind(x, weights, reading.spec, requested)
+        self._bind(x, weights, *choice)
         return out
 
     def _call(self, x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
@@ -163,18 +165,11 @@ class AcceleratedForward:
                 return own_forward(self.block, x)
         return ops.irmb(x, weights, spec, backend=backend)
 
-    def _bind(self, x: Tensor, weights: IRMBWeights, spec: IRMBSpec, requested: str | None) -> None:
+    def _bind(self, x: Tensor, weights: IRMBWeights, requested: str | None, spec: IRMBSpec) -> None:
         """Keep the call that was just made for the next one."""
         backend = backends.resolve("irmb", requested, x, weights, spec)
-        if can_bind(backend, weights):
-            self._bound = (BoundBlock(x, weights, spec, backend), (requested, spec))
-
-
-def is_traced(x: Any) -> bool:
-    """Whether the model is being traced or exported, which wants standard operators."""
-    if not isinstance(x, Tensor) or torch.compiler.is_exporting():
-        return True
-    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+        if type(x) is Tensor and can_bind(backend, weights):
+            self._bound = ((requested, spec), BoundBlock(x, weights, spec, backend))
 
 
 def unreadable(block: nn.Module) -> str | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
 from torch import Tensor
 
 from emo_kernels import backends
-from emo_kernels.ops.registration import define_eager, runs_standard_operators
+from emo_kernels.ops.registration import define_eager
 from emo_kernels.spec import IRMBSpec, IRMBWeights
 
 
@@ -32,7 +31,11 @@ class BoundBlock:
 
     def holds(self, x: Tensor, weights: IRMBWeights) -> bool:
         """Whether the call with these arguments is this one."""
-        return (x.shape, x.dtype, x.device) == self._map and _memory(weights) == self._memory
+        return (
+            type(x) is Tensor
+            and (x.shape, x.dtype, x.device) == self._map
+            and _memory(weights) == self._memory
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, O, H', W')."""
@@ -51,14 +54,4 @@ def can_bind(backend: str, weights: IRMBWeights) -> bool:
     """Whether ``backend`` binds calls; copies of strided weights would go stale."""
     return backends.has(backend, "irmb_bind") and all(
         t.is_contiguous() for _, t in weights.present()
-    )
-
-
-def is_eager_inference(x: Any) -> bool:
-    """Whether nothing records, traces or transforms this call."""
-    return (
-        not torch.is_grad_enabled()
-        and type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not runs_standard_operators(x)
     )
