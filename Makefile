@@ -38,6 +38,7 @@ lint: $(STAMPS)/package
 
 bench: $(STAMPS)/package $(STAMPS)/peers
 	$(PY) bench/bench_irmb.py
+	$(PY) bench/bench_models.py emo_5m emo_1m
 
 $(STAMPS)/dependencies: pyproject.toml
 ifneq ($(strip $(VENV)),)
