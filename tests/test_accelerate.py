@@ -178,6 +178,13 @@ def switches(model):
     model.stages[1].norm.eps = 0.1
 
 
+def transposed_in_place(model):
+    weight = model.stages[2].proj.conv.weight  # (16, 48): as many bytes at the same address
+    weight.data = weight.data.flatten(1).t().contiguous().t()[:, :, None, None]
+    square = model.stem[1].proj.conv.weight  # (12, 12): the same shape, too
+    square.data = square.data.transpose(0, 1)
+
+
 def to_double_and_back(model):
     model.double()
     model.float()
@@ -185,7 +192,7 @@ def to_double_and_back(model):
 
 CHANGES = [
     sgd_step, data_edit, in_place_edit, one_word, load, training_statistics, new_parameter,
-    new_layer, switches, to_double_and_back,
+    new_layer, switches, transposed_in_place, to_double_and_back,
 ]  # fmt: skip
 
 
@@ -208,6 +215,28 @@ def test_other_dtypes(twins, x, dtype):
     with torch.no_grad():
         tolerance = {torch.float64: 1e-10, torch.bfloat16: 5e-2}[dtype]
         torch.testing.assert_close(fast(x.to(dtype)), plain(x.to(dtype)), rtol=0, atol=tolerance)
+
+
+def test_a_bound_call_is_made_again_only_for_the_same_call(twins, x, cpu_kernels):
+    """Inference repeats a checked call; another size, mode or backend is a call of its own."""
+    plain, fast = twins
+    block = fast.stages[1]
+    for image in (x, x, x[:, :, :25], x.double().float()[:1], x):
+        assert_same(plain, fast, image)
+    held = block.forward._bound[1]
+    assert_same(plain, fast, x)
+    assert block.forward._bound[1] is held
+    with torch.no_grad(), ek.use_backend("reference"), torch.profiler.profile() as profile:
+        fast(x)
+    assert not any("emo_kernels" in event.key for event in profile.key_averages())
+    with torch.no_grad():
+        image = torch.randn(1, 16, 9, 8)
+        block(image)
+        with pytest.raises(ValueError, match="x must|expected|channels"):
+            block(torch.randn(1, 15, 9, 8))
+        with pytest.raises(ValueError, match="4 dimensions"):
+            block(image[0])
+    assert isinstance(copy.deepcopy(block).forward, AcceleratedForward)
 
 
 def test_exponential_moving_average(twins, x):
