@@ -134,13 +134,13 @@ def test_one_stem_names_every_file_of_an_operator(operator: str) -> None:
 def test_every_stem_of_a_backend_is_an_operator() -> None:
     """A kernel without contract, reference and test has no way into the package."""
     operators = {path.stem for path in (PACKAGE / "ops").glob("*.py")}
-    operators -= {"__init__", "checks", "registration"}
+    operators -= {"__init__", "bound", "checks", "registration"}
     assert operators == set(STEMS)
     for name in backends.NAMES:
         if backends.unavailable(name) is None:
             namespace = importlib.import_module(f"emo_kernels.{name}")
             for public in namespace.__all__:
-                stem = re.sub("_(unsupported|backward)$", "", public)
+                stem = re.sub("_(unsupported|backward|bind)$", "", public)
                 assert stem in operators, f"emo_kernels.{name}.{public} is no operator"
 
 
