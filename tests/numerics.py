@@ -197,22 +197,6 @@ class _Truth:
         """The plain composition in fp32, where eager is broken."""
         return self._plain(self.reference, torch.float32)
 
-    @cached_property
-    def moved(self) -> list[dict[str, Tensor]]:
-        """The oracle eight times with every input moved by at most one unit roundoff."""
-        generator = torch.Generator().manual_seed(11)
-        u = UNIT_ROUNDOFF[self.dtype]
-
-        def move(t: Tensor) -> Tensor:
-            noise = torch.rand(t.shape, generator=generator, dtype=torch.float64)
-            return t.double() * (1 + u * (2 * noise - 1))
-
-        results = []
-        for _ in range(8):
-            tensors = {n: None if t is None else move(t) for n, t in self.rounded.items()}
-            results.append(self._run(self.oracle, tensors, move(self.grad)))
-        return results
-
 
 def _compare(key: str, actual: Tensor, truth: _Truth, label: str) -> Comparison:
     """The rule for one tensor of :func:`check_operator`, minding what is zero by structure."""
@@ -240,7 +224,6 @@ def _compare(key: str, actual: Tensor, truth: _Truth, label: str) -> Comparison:
         name=label,
         gradient=key != "out",
         fallback=lambda: part(truth.fp32[key]),
-        moved=lambda: [part(result[key]) for result in truth.moved],
     )
 
 

@@ -22,7 +22,7 @@ from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.check_cases import CASES, Case
 from emo_kernels.cli.info import one_line
 from emo_kernels.cli.options import add_json, print_json
-from emo_kernels.cli.pairs import WHOLE_MODEL, Agreement, calibrate_batch_norm, compare
+from emo_kernels.cli.pairs import Agreement, calibrate_batch_norm, compare
 from emo_kernels.cli.progress import Progress
 from emo_kernels.explain import format_table
 from emo_kernels.models import create_model
@@ -132,9 +132,8 @@ def _check_model(backend: str | None, name: str) -> Row:
     except NotImplementedError:
         return Row(shown, f"{name}, whole model", 0, None, "not every block")
     oracle = _model_results(copy.deepcopy(plain).double(), x.double())
-    judge = partial(compare, slack=WHOLE_MODEL)
     return _row(
-        shown, f"{name}, whole model", map(judge, results, _model_results(plain, x), oracle)
+        shown, f"{name}, whole model", map(compare, results, _model_results(plain, x), oracle)
     )
 
 
