@@ -4,8 +4,10 @@ A backend is a namespace (``emo_kernels.reference``, ``.cpu``, ``.triton``, ``.c
 functions carry the operators' names. ``<operator>`` runs it, ``<operator>_unsupported`` (same
 arguments) says why a call is outside its limits, ``<operator>_backward`` is its gradient kernel,
 ``<operator>_bind`` settles a call that eager inference will repeat; what a namespace lacks, it does
-not support. A backend is chosen once, at the top of a call, and travels down as a string; one asked
-for by name is obeyed or raises, only ``None`` may choose.
+not support. ``irmb_training`` is composed in ``ops`` of the other kernels: a namespace that has
+them all declares it by ``irmb_training_unsupported`` alone. A backend is chosen once, at the top of
+a call, and travels down as a string; one asked for by name is obeyed or raises, only ``None`` may
+choose.
 """
 
 from __future__ import annotations
@@ -42,10 +44,23 @@ def _no_cuda_device() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
+def _interpreting() -> bool:
+    """Whether Triton runs its kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    return _no_cuda_device()
+    if _interpreting():
+        return None
+    return _no_cuda_device() or _too_old_for_triton(torch.cuda.get_device_capability())
+
+
+def _too_old_for_triton(capability: tuple[int, int]) -> str | None:
+    if capability >= (8, 0):
+        return None
+    return "its kernels need a GPU of sm_80 or later, this one is sm_{}{}".format(*capability)
 
 
 def _no_cuda_kernels() -> str | None:
@@ -57,12 +72,13 @@ class _Backend(NamedTuple):
 
     devices: tuple[str, ...]  # empty: any
     unmet_need: Callable[[], str | None]
+    interpreted: bool = False  # in its interpreter it takes CPU tensors, where asked for by name
 
 
 # In order of preference: the first that supports a call runs it.
 _TABLE: dict[str, _Backend] = {
     "cuda": _Backend(("cuda",), _no_cuda_kernels),
-    "triton": _Backend(("cuda",), _no_triton),
+    "triton": _Backend(("cuda",), _no_triton, interpreted=True),
     "cpu": _Backend(("cpu",), _compiled_module_missing),
     "reference": _Backend((), lambda: None),
 }
@@ -74,7 +90,7 @@ _used: str | None = None  # set by use_backend, for the whole process
 
 @constant_under_compile
 def unavailable(name: str) -> str | None:
-    """Why backend ``name`` runs nothing here, or ``None`` if it works. Starts no CUDA context."""
+    """Why backend ``name`` runs nothing here, or ``None`` if it works, if only interpreted."""
     return _unavailable(name)
 
 
@@ -105,7 +121,8 @@ def has(name: str, operator: str) -> bool:
 def _has(name: str, operator: str) -> bool:
     if name not in _namespaces:
         _namespaces[name] = importlib.import_module(f"emo_kernels.{name}")
-    return hasattr(_namespaces[name], operator)
+    namespace = _namespaces[name]
+    return hasattr(namespace, operator) or hasattr(namespace, f"{operator}_unsupported")
 
 
 def function(name: str, operator: str) -> Callable[..., Any]:
@@ -166,7 +183,7 @@ def why_not(name: str, operator: str, device: str, *args: Any, **options: Any) -
     reason = unavailable(name)
     if reason is not None:
         return reason
-    devices = _TABLE[name].devices
+    devices = ("cpu",) if only_by_name(name) else _TABLE[name].devices
     if devices and device not in devices:
         return f"runs on {' or '.join(devices)} tensors, got {device}"
     if not has(name, operator):
@@ -174,6 +191,14 @@ def why_not(name: str, operator: str, device: str, *args: Any, **options: Any) -
     if not has(name, f"{operator}_unsupported"):
         return None
     return function(name, f"{operator}_unsupported")(*args, **options)
+
+
+@constant_under_compile
+def only_by_name(name: str) -> str | None:
+    """Why backend ``name``, usable or not, is never chosen here unasked; ``None`` if it may be."""
+    if _TABLE[name].interpreted and _interpreting():
+        return "TRITON_INTERPRET=1 interprets its kernels: slow, and only if asked for by name"
+    return None
 
 
 @constant_under_compile
@@ -188,6 +213,7 @@ def _candidates(operator: str, device: str) -> tuple[str, ...]:
         name
         for name in NAMES
         if unavailable(name) is None
+        and not only_by_name(name)
         and has(name, operator)
         and device in (_TABLE[name].devices or (device,))
     )

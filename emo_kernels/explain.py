@@ -125,6 +125,8 @@ def _choose(
         reason = backends.why_not(name, operator, x.device.type, x, weights, spec)
         if name == "reference":
             continue
+        if asked is None:
+            reason = reason or backends.only_by_name(name)
         if reason is None and asked in (None, name):
             if chosen != "reference":
                 reasons[chosen] = f"{name} is preferred"

@@ -103,6 +103,32 @@ class IRMBWeights(NamedTuple):
         return ((n, t) for n, t in zip(self._fields, self, strict=True) if t is not None)
 
 
+class BatchNormMode(NamedTuple):
+    """How one batch norm runs in a step.
+
+    Attributes:
+        batch_statistics: with the statistics of the batch, which move the running ones, or with
+            the running ones.
+        momentum: share of the batch in the running statistics that it moves.
+        process_group: over which the batch extends (``torch.nn.SyncBatchNorm``); ``None``: none.
+    """
+
+    batch_statistics: bool = False
+    momentum: float = 0.1
+    process_group: Any = None
+
+
+def training_limits(weights: IRMBWeights, spec: IRMBSpec) -> str | None:
+    """Why the training kernels of no backend make up this block, or ``None``."""
+    if weights.dw_weight is None:
+        return "no training kernels for a block without a depthwise convolution"
+    if spec.head_dim and spec.op_order == "conv_attn":
+        return "no training kernels for attention behind the convolution (op_order 'conv_attn')"
+    if spec.norm != "none" and not spec.head_dim and weights.v_weight is None:
+        return "no training kernels for a norm in front of neither attention nor expansion"
+    return None
+
+
 def batch_norm_affine(
     weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

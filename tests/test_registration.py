@@ -25,15 +25,21 @@ class Recorder:
         return reference.depthwise_conv2d(x, weight, **options).contiguous()
 
     def backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, *, needed: tuple[bool, ...], **options: int
-    ) -> list[Tensor | None]:
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        *extras: None,
+        needed: tuple[bool, ...],
+        **options: int,
+    ) -> list[Tensor]:
         self.calls.append("backward")
         self.needed = tuple(needed)
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (x, weight)]
             out = reference.depthwise_conv2d(*leaves, **options)
             grads = torch.autograd.grad(out, leaves, grad)
-        return [g * 2 if n else None for g, n in zip(grads, needed, strict=True)]
+        return [g * 2 for g, n in zip(grads, needed, strict=True) if n]
 
     @staticmethod
     def unsupported(x: Tensor, weight: Tensor, **options: Any) -> str | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from emo_kernels.ops import checks
-from emo_kernels.ops.registration import Operator
+from emo_kernels.ops.registration import Operator, define_kernel, empty_map
 from emo_kernels.spec import conv_output_size, conv_padding
 
 
@@ -22,6 +25,24 @@ _operator = Operator(
     tensors="Tensor x, Tensor weight",
     options="int stride, int padding, int dilation",
     shape=_output_shape,
+    extras="Tensor? y, Tensor? coefficients, Tensor? local_grad",
+)
+forward, backward = _operator.op, _operator.backward_op
+
+
+def _statistics(
+    x: Tensor, weight: Tensor, pivot: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    y = empty_map(x, _output_shape(x, weight, **options))
+    return y, x.new_empty((2, x.shape[1]), dtype=torch.float64)
+
+
+statistics = define_kernel(
+    "depthwise_conv2d_statistics",
+    "Tensor x, Tensor weight, Tensor? pivot",
+    "int stride, int padding, int dilation",
+    "(Tensor, Tensor)",
+    _statistics,
 )
 
 

@@ -19,7 +19,11 @@ _operator = Operator(
     tensors="Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias",
     options="str norm, float eps, str act, int groups",
     shape=_output_shape,
+    extras="Tensor? affine, Tensor? out_grad, Tensor? out_weight, Tensor? drop_scale, "
+    "Tensor? residual",
+    norm_at=3,
 )
+forward, backward = _operator.op, _operator.backward_op
 
 
 def expand(

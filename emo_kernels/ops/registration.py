@@ -1,8 +1,9 @@
 """How an operator becomes ``torch.ops.emo_kernels.<name>``: schema, fake, autograd, dispatch.
 
 The torch op is opaque: it runs the function of the backend named by its last argument. Its gradient
-is that backend's ``<name>_backward`` where it has one; else, and whenever the gradient itself must
-be differentiable, it is recomputed through the reference composition by PyTorch's own autograd.
+is the torch op ``<name>_backward``, that backend's kernel, where there is one; else, and whenever
+the gradient itself must be differentiable, it is recomputed through the reference composition by
+PyTorch's own autograd.
 Measured cost of one call: ``tests/test_overhead.py``.
 """
 
@@ -36,6 +37,78 @@ def define_eager(schema: str, run: Callable[..., Tensor]) -> Callable[..., Tenso
     return call
 
 
+def define_kernel(
+    name: str, tensors: str, options: str, returns: str, fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A torch op for one backend function, without a gradient of its own.
+
+    Args:
+        name: of the function in the backends' namespaces.
+        tensors, options: schemas of its positional and of its keyword arguments.
+        returns: schema of its result.
+        fake: the result's shape and dtype, called as the function is.
+
+    Returns:
+        The torch op; its last argument is the backend's name.
+    """
+    count = len(_names(tensors))
+    keywords = _names(options)
+
+    def split(args: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        return args[:count], dict(zip(keywords, args[count:], strict=True))
+
+    def run(*args: Any) -> Any:
+        positional, keyword = split(args[:-1])
+        return backends.function(args[-1], name)(*positional, **keyword)
+
+    def run_fake(*args: Any) -> Any:
+        positional, keyword = split(args[:-1])
+        return fake(*positional, **keyword)
+
+    arguments = ", ".join(part for part in (tensors, options, "str backend") if part)
+    _LIBRARY.define(f"{name}({arguments}) -> {returns}")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"emo_kernels::{name}", run_fake, lib=_LIBRARY)
+    return getattr(torch.ops.emo_kernels, name).default
+
+
+def _names(schema: str) -> tuple[str, ...]:
+    return tuple(argument.split()[1] for argument in schema.split(", ") if argument)
+
+
+def empty_map(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """A fake result: (N, C, H, W), channels_last, dtype and device of ``like``."""
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def empty_gradients(
+    tensors: Sequence[Tensor | None], needed: Sequence[bool], affine: Tensor | None, norm_at: int
+) -> list[Tensor]:
+    """Fake results of a backward kernel: like the needed tensors, the first of them a map.
+
+    With a training batch norm, ``affine`` (4, C), one (2, C) of sums stands at place ``norm_at``
+    for the gradients of the norm's two parameters.
+    """
+    grads = []
+    for place, (tensor, is_needed) in enumerate(zip(tensors, needed, strict=True)):
+        if tensor is None or not is_needed:
+            continue
+        if affine is not None and place in (norm_at, norm_at + 1):
+            if place == norm_at:
+                grads.append(affine.new_empty((2, affine.shape[1]), dtype=torch.float64))
+        elif tensor.dim() == 4 and place == 0:
+            grads.append(empty_map(tensor, tensor.shape))
+        else:
+            grads.append(torch.empty_like(tensor))
+    return grads
+
+
+def _no_kernel(*_: Any) -> list[Tensor]:
+    raise AssertionError("an operator without extras has no backward kernel")
+
+
 Tensors = Sequence[Tensor | None]
 Options = dict[str, Any]
 
@@ -63,23 +136,48 @@ class Operator:
         tensors: schema of the tensor arguments, in order.
         options: schema of the remaining arguments, in order.
         shape: the output's (N, C, H, W), called as the backends are.
+        extras: schema of further tensors that its backward kernels take in a training step of the
+            whole block; ``None``: it has no backward kernels.
+        norm_at: place of the norm's weight among the tensors, where a training batch norm's
+            ``affine`` may stand for the norm.
+        identity_at: place of a tensor whose gradient is the output's.
 
     Outputs are channels_last, whatever the inputs are and whoever runs it.
     """
 
     def __init__(
-        self, name: str, *, tensors: str, options: str, shape: Callable[..., tuple[int, ...]]
+        self,
+        name: str,
+        *,
+        tensors: str,
+        options: str,
+        shape: Callable[..., tuple[int, ...]],
+        extras: str | None = None,
+        norm_at: int = -2,
+        identity_at: int | None = None,
     ) -> None:
         self.name = name
         self.shape = shape
-        self.count = tensors.count(",") + 1
-        self.options = tuple(option.split()[1] for option in options.split(", ") if option)
+        self.count = len(_names(tensors))
+        self.options = _names(options)
+        self.norm_at = norm_at
+        self.identity_at = identity_at
         arguments = ", ".join(part for part in (tensors, options, "str backend") if part)
         _LIBRARY.define(f"{name}({arguments}) -> Tensor")
         _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, self._differentiate, "Autograd")
         torch.library.register_fake(f"emo_kernels::{name}", self._fake, lib=_LIBRARY)
         self.op = getattr(torch.ops.emo_kernels, name).default
+        self.backward_op: Callable[..., list[Tensor]] = _no_kernel
+        if extras is not None:
+            self.extras = _names(extras)
+            self.backward_op = define_kernel(
+                f"{name}_backward",
+                ", ".join(part for part in ("Tensor grad", tensors, extras) if part),
+                ", ".join(part for part in ("bool[] needed", options) if part),
+                "Tensor[]",
+                self._fake_backward,
+            )
 
     def __call__(self, positional: Sequence[Any], keyword: Options, backend: str | None) -> Tensor:
         """Choose the backend, or obey, and run it; the reference as standard operators."""
@@ -120,13 +218,25 @@ class Operator:
 
     def _fake(self, *args: Any) -> Tensor:
         positional, keyword = self.from_schema(args[:-1])
-        x = positional[0]
-        return torch.empty(
-            self.shape(*positional, **keyword),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=torch.channels_last,
-        )
+        return empty_map(positional[0], self.shape(*positional, **keyword))
+
+    def _fake_backward(self, grad: Tensor, *tensors: Any, needed: Any, **_: Any) -> list[Tensor]:
+        extras = dict(zip(self.extras, tensors[self.count :], strict=True))
+        inputs = tensors[: self.count]
+        return empty_gradients(inputs, needed, extras.get("affine"), self.norm_at)
+
+    def gradients(
+        self, grad: Tensor, needed: Sequence[bool], args: Sequence[Any]
+    ) -> list[Tensor | None]:
+        """Gradients of the tensors among the torch op's arguments by the backend's kernel."""
+        asked = [n and place != self.identity_at for place, n in enumerate(needed)]
+        tensors, options = args[: self.count], args[self.count :]
+        nothing = (None,) * len(self.extras)
+        found = iter(self.backward_op(grad, *tensors, *nothing, asked, *options))
+        grads = [next(found) if a else None for a in asked]
+        if self.identity_at is not None and needed[self.identity_at]:
+            grads[self.identity_at] = grad
+        return grads
 
     def _differentiate(self, *args: Any) -> Tensor:
         if forward_ad._current_level >= 0:  # a torch op without a rule gives a zero tangent
@@ -161,13 +271,12 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         operator, tensors, needed = ctx.operator, ctx.saved_tensors, ctx.needs_input_grad[2:]
-        backend, gradient = ctx.args[-1], f"{operator.name}_backward"
-        if torch.is_grad_enabled() or not backends.has(backend, gradient):
+        grads: Sequence[Tensor | None]
+        kernel = backends.has(ctx.args[-1], f"{operator.name}_backward")
+        if torch.is_grad_enabled() or not kernel:
             grads = reference_gradients(operator, grad, tensors, needed, ctx.args)
         else:
-            positional, keyword = operator.from_schema(operator.replace(ctx.args, tensors)[:-1])
-            kernel = backends.function(backend, gradient)
-            grads = kernel(grad, *positional, needed=needed, **keyword)
+            grads = operator.gradients(grad, needed, operator.replace(ctx.args, tensors))
         return (None, None, *grads)
 
 

@@ -19,7 +19,11 @@ _operator = Operator(
     "Tensor? residual, Tensor? gate, Tensor? drop_scale",
     options="",
     shape=_output_shape,
+    extras="Tensor? affine",
+    norm_at=2,
+    identity_at=5,
 )
+forward, backward = _operator.op, _operator.backward_op
 
 
 def shrink(

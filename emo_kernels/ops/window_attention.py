@@ -28,7 +28,10 @@ _operator = Operator(
     options="int head_dim, int window_size, str window_mode, str norm, float eps, str v_act, "
     "int v_groups",
     shape=_output_shape,
+    extras="Tensor? affine, Tensor? residual",
+    norm_at=5,
 )
+forward, backward = _operator.op, _operator.backward_op
 
 
 def check_heads(operator: str, c: int, m: int | None, head_dim: int) -> None:

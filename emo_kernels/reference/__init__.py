@@ -1,14 +1,43 @@
 """The operators in plain PyTorch: differentiable, in any dtype, reading like the equations.
 
-Every other backend is tested against this one, and falls back to it for what it lacks.
+Every other backend is tested against this one, and falls back to it for what it lacks. The
+``_backward`` functions and the pieces of batch norm say what the kernels of a training step owe.
 """
 
 from __future__ import annotations
 
-from emo_kernels.reference.depthwise_conv2d import depthwise_conv2d
-from emo_kernels.reference.expand import expand
+from emo_kernels.reference.batch_norm import (
+    batch_norm_backward,
+    batch_norm_backward_finalize,
+    batch_norm_finalize,
+    batch_norm_sums,
+)
+from emo_kernels.reference.depthwise_conv2d import (
+    depthwise_conv2d,
+    depthwise_conv2d_backward,
+    depthwise_conv2d_statistics,
+)
+from emo_kernels.reference.expand import expand, expand_backward
 from emo_kernels.reference.irmb import irmb
-from emo_kernels.reference.shrink import shrink
-from emo_kernels.reference.window_attention import window_attention
+from emo_kernels.reference.shrink import shrink, shrink_backward
+from emo_kernels.reference.squeeze import squeeze, squeeze_backward
+from emo_kernels.reference.window_attention import window_attention, window_attention_backward
 
-__all__ = ["depthwise_conv2d", "expand", "irmb", "shrink", "window_attention"]
+__all__ = [
+    "batch_norm_backward",
+    "batch_norm_backward_finalize",
+    "batch_norm_finalize",
+    "batch_norm_sums",
+    "depthwise_conv2d",
+    "depthwise_conv2d_backward",
+    "depthwise_conv2d_statistics",
+    "expand",
+    "expand_backward",
+    "irmb",
+    "shrink",
+    "shrink_backward",
+    "squeeze",
+    "squeeze_backward",
+    "window_attention",
+    "window_attention_backward",
+]

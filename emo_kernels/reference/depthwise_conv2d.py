@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional as F
+
+from emo_kernels.reference.batch_norm import batch_norm_backward, batch_norm_sums
+from emo_kernels.reference.gradients import gradients
 
 
 def depthwise_conv2d(
@@ -26,3 +31,49 @@ def depthwise_conv2d(
         tensor(36.)
     """
     return F.conv2d(x, weight, None, stride, padding, dilation, groups=weight.shape[0])
+
+
+def depthwise_conv2d_statistics(
+    x: Tensor,
+    weight: Tensor,
+    pivot: Tensor | None,
+    *,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor]:
+    """The convolution y and its batch-norm sums, ``batch_norm_sums(y, pivot)``."""
+    y = depthwise_conv2d(x, weight, stride=stride, padding=padding, dilation=dilation)
+    return y, batch_norm_sums(y, pivot)
+
+
+def depthwise_conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    local_grad: Tensor | None = None,
+    *,
+    needed: Sequence[bool],
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> list[Tensor]:
+    """Gradients of x and weight, those that are needed.
+
+    Args:
+        grad: (N, C, H', W') at y, or, with ``y`` and ``coefficients`` (4, C), behind a batch norm
+            of y: then c1 grad + c2 (y - mean) + c3 is the gradient at y.
+        local_grad: (N, C, H, W), added to the gradient of x.
+    """
+    if coefficients is not None and y is not None:
+        grad = batch_norm_backward(grad, y, coefficients, None)
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return depthwise_conv2d(x, weight, stride=stride, padding=padding, dilation=dilation)
+
+    grads = gradients(convolve, (x, weight), grad, needed)
+    if needed[0] and local_grad is not None:
+        grads[0] = grads[0] + local_grad
+    return grads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,16 +21,26 @@ from emo_kernels.reference.window_attention import (
 from emo_kernels.spec import IRMBSpec, IRMBWeights, batch_norm_affine
 
 
-def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
+def irmb(
+    x: Tensor,
+    weights: IRMBWeights,
+    spec: IRMBSpec,
+    *,
+    batch_statistics: tuple[bool, bool] = (False, False),
+    drop_scale: Tensor | None = None,
+) -> Tensor:
     """One block: out = x + gamma Wp (u + SE(SiLU(BN(DWConv(u))))), u = attention and expansion.
 
-    Batch norms use their running statistics; without ``spec.skip`` the terms x and u drop out.
-    Without a depthwise weight, out = x + gamma Wp u.
+    Without ``spec.skip`` the terms x and u drop out; without a depthwise weight,
+    out = x + gamma Wp u.
 
     Args:
         x: (N, C, H, W).
         weights: the block's tensors.
         spec: the block's switches.
+        batch_statistics: for the batch norm in front and the one behind the convolution, whether
+            they take the batch's statistics (and move nothing) or the running ones.
+        drop_scale: (N,), stochastic depth: the branch times 0 or 1 / keep for each image.
 
     Returns:
         (N, O, H', W').
@@ -42,7 +54,7 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
         torch.Size([1, 4, 6, 6])
     """
     w = weights
-    h = _norm(x, w, spec)
+    h = _norm(x, w, spec, batch_statistics[0])
     if spec.head_dim > 0 and spec.op_order == "attn_conv":
         u = _attend_and_expand(h, w, spec)
     else:
@@ -51,34 +63,42 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
     residual = x if spec.skip and w.gamma is None else None
 
     if attention_last or w.dw_weight is None:
-        y = _local(u, w, spec)
+        y = _local(u, w, spec, batch_statistics[1])
         y = _attend_over(h, y, w, spec) if attention_last else y
         out = F.conv2d(y, _present(w.proj_weight, "proj_weight"))
         out = out if residual is None else residual + out
     else:
-        y = depthwise_conv2d(
-            u, w.dw_weight, stride=spec.stride, padding=spec.padding, dilation=spec.dilation
-        )
-        scale, shift = _bn_affine(w, spec)
+        y, scale, shift = _convolve(u, w, spec, batch_statistics[1])
         gate = _squeeze_excite(F.silu(normalize(y, scale, shift, norm="affine", eps=0.0)), w, spec)
         local = u if spec.skip else None
         proj = _present(w.proj_weight, "proj_weight")
-        out = shrink(y, proj, scale, shift, local=local, residual=residual, gate=gate)
+        drop = drop_scale if w.gamma is None else None
+        out = shrink(y, proj, scale, shift, local, residual, gate, drop)
 
     if w.gamma is None:
         return out
     out = w.gamma.reshape(-1, 1, 1) * out
+    if drop_scale is not None:
+        out = drop_scale[:, None, None, None] * out
     return x + out if spec.skip else out
 
 
-def _norm(x: Tensor, w: IRMBWeights, spec: IRMBSpec) -> Tensor:
+def _norm(x: Tensor, w: IRMBWeights, spec: IRMBSpec, batch_statistics: bool) -> Tensor:
     """h: the block's normalised input."""
     if spec.norm != "batch":
         return normalize(x, w.norm_weight, w.norm_bias, norm=spec.norm, eps=spec.norm_eps)
-    mean, var = _present(w.norm_mean, "norm_mean"), _present(w.norm_var, "norm_var")
+    mean = var = None
+    if not batch_statistics:
+        mean, var = _present(w.norm_mean, "norm_mean"), _present(w.norm_var, "norm_var")
+    return _batch_norm(x, mean, var, w.norm_weight, w.norm_bias, spec.norm_eps)
+
+
+def _batch_norm(x: Tensor, *vectors_and_eps: Any) -> Tensor:
+    """Batch norm of x by mean and variance, the batch's where they are ``None``, and its affine."""
+    *vectors, eps = vectors_and_eps
     # torch 2.13's backward on channels_last maps reads past vectors that are strided.
-    weight, bias = (t if t is None else t.contiguous() for t in (w.norm_weight, w.norm_bias))
-    return F.batch_norm(x, mean.contiguous(), var.contiguous(), weight, bias, eps=spec.norm_eps)
+    mean, var, weight, bias = (t if t is None else t.contiguous() for t in vectors)
+    return F.batch_norm(x, mean, var, weight, bias, training=mean is None, eps=eps)
 
 
 def _expand(h: Tensor, w: IRMBWeights, spec: IRMBSpec) -> Tensor:
@@ -116,14 +136,24 @@ def _attend_over(h: Tensor, y: Tensor, w: IRMBWeights, spec: IRMBSpec) -> Tensor
     return crop(z, height, width)
 
 
-def _local(u: Tensor, w: IRMBWeights, spec: IRMBSpec) -> Tensor:
+def _convolve(
+    u: Tensor, w: IRMBWeights, spec: IRMBSpec, batch_statistics: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, scale, shift): the batch norm of DWConv(u) is scale y + shift, or y if both are None."""
+    assert w.dw_weight is not None
+    y = depthwise_conv2d(
+        u, w.dw_weight, stride=spec.stride, padding=spec.padding, dilation=spec.dilation
+    )
+    if batch_statistics:
+        return _batch_norm(y, None, None, w.bn_weight, w.bn_bias, spec.bn_eps), None, None
+    return y, *_bn_affine(w, spec)
+
+
+def _local(u: Tensor, w: IRMBWeights, spec: IRMBSpec, batch_statistics: bool) -> Tensor:
     """u + SE(SiLU(BN(DWConv(u)))), the first term with skips only; u without a convolution."""
     if w.dw_weight is None:
         return u
-    c = depthwise_conv2d(
-        u, w.dw_weight, stride=spec.stride, padding=spec.padding, dilation=spec.dilation
-    )
-    scale, shift = _bn_affine(w, spec)
+    c, scale, shift = _convolve(u, w, spec, batch_statistics)
     c = F.silu(normalize(c, scale, shift, norm="affine", eps=0.0))
     gate = _squeeze_excite(c, w, spec)
     c = c if gate is None else gate[:, :, None, None] * c

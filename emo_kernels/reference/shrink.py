@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from emo_kernels.reference.expand import normalize
+from emo_kernels.reference.gradients import channel_sums, gradients
 
 
 def shrink(
@@ -49,3 +52,42 @@ def shrink(
     if drop_scale is not None:
         out = drop_scale[:, None, None, None] * out
     return out if residual is None else residual + out
+
+
+def shrink_backward(
+    grad: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    local: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    affine: Tensor | None = None,
+    *,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of the eight tensors of :func:`shrink`, those that are needed.
+
+    Args:
+        grad: (N, O, H, W).
+        affine: (4, M), a training batch norm whose first two rows are scale and shift: dz, the
+            gradient at its output, takes the place of y's, and (2, M) sums of dz and of dz yhat,
+            in float64, that of scale's; shift has none.
+    """
+    if affine is None:
+        tensors = (y, weight, scale, shift, local, residual, gate, drop_scale)
+        return gradients(shrink, tensors, grad, needed)
+    z = normalize(y, affine[0], affine[1], norm="affine", eps=0.0)
+
+    def behind_the_norm(z: Tensor, *others: Tensor | None) -> Tensor:
+        return shrink(z, others[0], None, None, *others[1:])  # type: ignore[arg-type]
+
+    wanted = (True, needed[1], *needed[4:])
+    inner = (z, weight, local, residual, gate, drop_scale)
+    dz, *grads = gradients(behind_the_norm, inner, grad, wanted)
+    found = [dz] if needed[0] else []
+    found += grads[: needed[1]]
+    found += [channel_sums(dz, y, affine)] if needed[2] else []
+    return found + grads[needed[1] :]

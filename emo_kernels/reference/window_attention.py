@@ -11,15 +11,16 @@ There is no mask: padded pixels are keys like any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from emo_kernels.reference.expand import activate, normalize
+from emo_kernels.reference.gradients import channel_sums, gradients
 
 
 class Windows(NamedTuple):
@@ -189,3 +190,37 @@ def window_attention(
         v = activate(F.conv2d(h, v_weight, v_bias, groups=v_groups), v_act)
     z = attend(q, k, v, head_dim=head_dim, windows=windows, window_mode=window_mode)
     return crop(z, height, width)
+
+
+def window_attention_backward(
+    grad: Tensor,
+    x: Tensor,
+    qk_weight: Tensor | None = None,
+    qk_bias: Tensor | None = None,
+    v_weight: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    affine: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    needed: Sequence[bool],
+    **options: Any,
+) -> list[Tensor]:
+    """Gradients of the seven tensors of :func:`window_attention`, those that are needed.
+
+    ``affine`` and ``residual`` are as in :func:`emo_kernels.reference.expand_backward`.
+    """
+    if affine is None:
+        tensors = (x, qk_weight, qk_bias, v_weight, v_bias, norm_weight, norm_bias)
+        grads = gradients(lambda *t: window_attention(*t, **options), tensors, grad, needed)
+        if needed[0] and residual is not None:
+            grads[0] = grads[0] + residual
+        return grads
+    h = normalize(x, affine[0], affine[1], norm="affine", eps=0.0)
+    options["norm"] = "none"
+    inner = (h, qk_weight, qk_bias, v_weight, v_bias)
+    wanted = (True, *needed[1:5])
+    grads = gradients(lambda *t: window_attention(*t, **options), inner, grad, wanted)
+    sums = [channel_sums(grads[0], x, affine)] if needed[5] else []
+    return [*grads[not needed[0] :], *sums]

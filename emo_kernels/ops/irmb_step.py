@@ -1,0 +1,317 @@
+"""The kernels of one training step of the block in order, forward and backward.
+
+What :mod:`emo_kernels.ops.irmb_training` differentiates; shapes and saved maps are described there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from emo_kernels.ops import batch_norm
+from emo_kernels.ops.batch_norm import Statistics
+from emo_kernels.ops.depthwise_conv2d import backward as depthwise_conv2d_backward
+from emo_kernels.ops.depthwise_conv2d import forward as depthwise_conv2d_forward
+from emo_kernels.ops.depthwise_conv2d import statistics as depthwise_conv2d_statistics
+from emo_kernels.ops.expand import backward as expand_backward
+from emo_kernels.ops.expand import forward as expand_forward
+from emo_kernels.ops.shrink import backward as shrink_backward
+from emo_kernels.ops.shrink import forward as shrink_forward
+from emo_kernels.ops.squeeze import squeeze, squeeze_backward
+from emo_kernels.ops.window_attention import backward as window_attention_backward
+from emo_kernels.ops.window_attention import forward as window_attention_forward
+from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights
+
+_NORM = ("norm_weight", "norm_bias")
+_EXCITATION = {n for n in IRMBWeights._fields if n.startswith("se_")}
+_BELOW_THE_CONVOLUTION = {*_NORM, "qk_weight", "qk_bias", "v_weight", "v_bias"}
+_ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+class Plan(NamedTuple):
+    """What one step is, besides its tensors.
+
+    Attributes:
+        spec: the block's switches.
+        norm, bn: how the batch norms in front of the block and behind its convolution run.
+        backend: whose kernels run it.
+    """
+
+    spec: IRMBSpec
+    norm: BatchNormMode
+    bn: BatchNormMode
+    backend: str
+
+
+class Maps(NamedTuple):
+    """What the backward pass needs of the forward pass, besides x and the weights."""
+
+    s: Tensor  # (N, C, H, W) behind the attention; x without
+    e: Tensor  # (N, M, H, W) expanded; s without expansion
+    y: Tensor  # (N, M, H', W') behind the convolution
+    norm: Statistics | None
+    bn: Statistics
+    means: Tensor | None  # (N, M), what squeeze-excite saw
+
+
+class Step:
+    """One block in one step; its two methods read like the equations."""
+
+    def __init__(self, plan: Plan, weights: IRMBWeights, drop_scale: Tensor | None) -> None:
+        spec = plan.spec
+        self.plan, self.spec, self.backend = plan, spec, plan.backend
+        self.weights, self.drop_scale = weights, drop_scale
+        self.attends = spec.head_dim > 0
+        # Attention over the expanded map, which then is its result.
+        self.attends_over_v = self.attends and not spec.attn_pre and weights.v_weight is not None
+        self.expands = weights.v_weight is not None and not self.attends_over_v
+        self.conv = (spec.stride, spec.padding, spec.dilation, plan.backend)
+        self.proj: Any = weights.proj_weight
+        if weights.gamma is not None:
+            gamma = weights.gamma.to(torch.promote_types(weights.gamma.dtype, torch.float32))
+            self.proj = gamma.reshape(-1, 1, 1, 1) * self.proj
+
+    # -------------------------------------------------------------------------------- forward
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Maps]:
+        """The block's output and what its gradient needs."""
+        w, spec, plan = self.weights, self.spec, self.plan
+        norm = None
+        if spec.norm == "batch":
+            norm = self._normalize_input(x)
+        s = self._attend(x, norm)
+        e = self._expand(s, norm)
+        parameters = (w.bn_weight, w.bn_bias, w.bn_mean, w.bn_var)
+        if plan.bn.batch_statistics:
+            y, sums = depthwise_conv2d_statistics(e, w.dw_weight, w.bn_mean, *self.conv)
+            bn = batch_norm.measured(sums, y, parameters, spec.bn_eps, plan.bn, self.backend)
+        else:
+            y = depthwise_conv2d_forward(e, w.dw_weight, *self.conv)
+            bn = batch_norm.known(y, parameters, spec.bn_eps)
+        scale, shift = bn.affine[0], bn.affine[1]
+        means = gate = None
+        if w.se_reduce_weight is not None:
+            means = squeeze(y, scale, shift, self.backend)
+            gate = self._excite(means, w)
+        local, residual = (e, x) if spec.skip else (None, None)
+        out = shrink_forward(
+            y, self.proj, scale, shift, local, residual, gate, self.drop_scale, self.backend
+        )
+        return out, Maps(s, e, y, norm, bn, means)
+
+    def _normalize_input(self, x: Tensor) -> Statistics:
+        w, spec, mode = self.weights, self.spec, self.plan.norm
+        parameters = (w.norm_weight, w.norm_bias, w.norm_mean, w.norm_var)
+        if not mode.batch_statistics:
+            return batch_norm.known(x, parameters, spec.norm_eps)
+        sums = batch_norm.sums(x, w.norm_mean, self.backend)
+        return batch_norm.measured(sums, x, parameters, spec.norm_eps, mode, self.backend)
+
+    def _norm_arguments(self, norm: Statistics | None) -> tuple[Any, Any, str, float]:
+        """(norm_weight, norm_bias, norm, eps) of the first operator."""
+        w, spec = self.weights, self.spec
+        if norm is not None:
+            return norm.affine[0], norm.affine[1], "affine", spec.norm_eps
+        return w.norm_weight, w.norm_bias, spec.norm, spec.norm_eps
+
+    def _attention_tensors(self, norm: Statistics | None) -> tuple[Any, ...]:
+        w = self.weights
+        v = (w.v_weight, w.v_bias) if self.attends_over_v else (None, None)
+        return (w.qk_weight, w.qk_bias, *v, *self._norm_arguments(norm)[:2])
+
+    def _attention_options(self, norm: Statistics | None) -> tuple[Any, ...]:
+        spec = self.spec
+        v = (spec.act, spec.v_groups) if self.attends_over_v else ("none", 1)
+        windows = (spec.head_dim, spec.window_size, spec.window_mode)
+        return (*windows, *self._norm_arguments(norm)[2:], *v, self.backend)
+
+    def _attend(self, x: Tensor, norm: Statistics | None) -> Tensor:
+        if not self.attends:
+            return x
+        tensors, options = self._attention_tensors(norm), self._attention_options(norm)
+        return window_attention_forward(x, *tensors, *options)
+
+    def _expand_arguments(self, norm: Statistics | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """(tensors behind the map, options) of the expansion."""
+        w, spec = self.weights, self.spec
+        none = (None, None, "none", 1e-6)
+        norm_weight, norm_bias, kind, eps = none if self.attends else self._norm_arguments(norm)
+        options = (kind, eps, spec.act, spec.v_groups, self.backend)
+        return (w.v_weight, w.v_bias, norm_weight, norm_bias), options
+
+    def _expand(self, s: Tensor, norm: Statistics | None) -> Tensor:
+        if not self.expands:
+            return s
+        tensors, options = self._expand_arguments(norm)
+        return expand_forward(s, *tensors, *options)
+
+    def _excite(self, means: Tensor, w: IRMBWeights) -> Tensor:
+        """gate = sigmoid(W2 act(W1 means + b1) + b2), (N, M)."""
+        dtype = means.dtype
+
+        def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            assert weight is not None
+            return F.linear(
+                x, weight.to(dtype).flatten(1), None if bias is None else bias.to(dtype)
+            )
+
+        hidden = linear(means, w.se_reduce_weight, w.se_reduce_bias)
+        hidden = _ACTIVATIONS[self.spec.act](hidden)
+        return linear(hidden, w.se_expand_weight, w.se_expand_bias).sigmoid()
+
+    # ------------------------------------------------------------------------------- backward
+
+    def backward(
+        self, grad: Tensor, x: Tensor, maps: Maps, x_needed: bool, wants: set[str]
+    ) -> dict[str, Tensor | None]:
+        """Gradients by name: ``x``, ``drop_scale`` and the weights'; those that ``wants`` names."""
+        spec, norm = self.spec, maps.norm
+        grads: dict[str, Any] = {}
+        dz, local_grad = self._shrink_backward(grad, maps, wants, grads)
+        residual = grad if spec.skip else None
+        below = x_needed or bool(wants & _BELOW_THE_CONVOLUTION)
+        dx = self._convolve_backward(dz, maps, local_grad, below, wants, grads)
+        # The norm's affine map and the residual belong to the operator that reads x.
+        first: tuple[Any, ...] = (None, residual) if norm is None else (norm.affine, None)
+        if below and self.expands:
+            at_x = (None, None) if self.attends else first
+            skip = (grad, self.proj, self.drop_scale) if spec.skip else (None, None, None)
+            dx = self._expand_backward(dx, maps, at_x, skip, wants, grads)
+        if below and self.attends:
+            dx = self._attend_backward(dx, x, norm, first, wants, grads)
+        if not (self.expands or self.attends) and dx is not None and residual is not None:
+            dx = dx + residual
+        if below and norm is not None:
+            sums = grads.pop("norm_sums")
+            c = batch_norm.coefficients(sums, norm, self.plan.norm, self.backend)
+            grads |= {"norm_bias": sums[0], "norm_weight": sums[1]}
+            dx = batch_norm.backward(dx, x, c, residual, self.backend) if x_needed else None
+        grads["x"] = dx
+        return grads
+
+    def _shrink_backward(
+        self, grad: Tensor, maps: Maps, wants: set[str], grads: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """dz, the gradient behind the batch norm, and what the local skip sends past it.
+
+        The latter is written only where no expansion follows that recomputes it.
+        """
+        w, affine, y = self.weights, maps.bn.affine, maps.y
+        gate, excitation = self._excite_again(maps, wants)
+        local = maps.e if self.spec.skip else None
+        writes_local = self.spec.skip and not self.expands
+        asked = [False] * 8
+        asked[0] = True
+        asked[1] = bool(wants & {"proj_weight", "gamma"})
+        asked[2] = gate is None
+        asked[4] = writes_local
+        asked[6] = gate is not None
+        asked[7] = "drop_scale" in wants
+        tensors = (y, self.proj, affine[0], affine[1], local, None, gate, self.drop_scale)
+        found = shrink_backward(grad, *tensors, affine, asked, self.backend)
+        dz, dproj, sums, _, local_grad, _, dgate, grads["drop_scale"] = spread(found, asked)
+        if gate is not None:
+            means, *squeezed = torch.autograd.grad(gate, list(excitation.values()), dgate)
+            grads |= zip(list(excitation)[1:], squeezed, strict=True)
+            dz, sums = squeeze_backward(means, y, affine, dz, self.backend)
+        grads |= {"bn_sums": sums, "bn_bias": sums[0], "bn_weight": sums[1]}
+        if dproj is not None and w.gamma is not None:
+            grads["gamma"] = (dproj * w.proj_weight).sum((1, 2, 3))
+            dproj = w.gamma.reshape(-1, 1, 1, 1) * dproj
+        grads["proj_weight"] = dproj
+        return dz, local_grad
+
+    def _excite_again(self, maps: Maps, wants: set[str]) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The gate as a function of its leaves, by name: the means and the wanted weights."""
+        if maps.means is None:
+            return None, {}
+        with torch.enable_grad():
+            leaves = {"means": maps.means.detach().requires_grad_()}
+            for name in _EXCITATION & wants:
+                leaves[name] = getattr(self.weights, name).detach().requires_grad_()
+            weights = self.weights._replace(**{n: t for n, t in leaves.items() if n != "means"})
+            return self._excite(leaves["means"], weights), leaves
+
+    def _convolve_backward(
+        self,
+        dz: Tensor,
+        maps: Maps,
+        local_grad: Tensor | None,
+        below: bool,
+        wants: set[str],
+        grads: dict[str, Any],
+    ) -> Tensor | None:
+        """The gradient at e, but for the local skip where an expansion follows."""
+        sums = grads.pop("bn_sums")
+        c = batch_norm.coefficients(sums, maps.bn, self.plan.bn, self.backend)
+        asked = [below, "dw_weight" in wants]
+        dw_weight = self.weights.dw_weight
+        found = depthwise_conv2d_backward(
+            dz, maps.e, dw_weight, maps.y, c, local_grad, asked, *self.conv
+        )
+        de, grads["dw_weight"] = spread(found, asked)
+        return de
+
+    def _expand_backward(
+        self,
+        grad: Tensor | None,
+        maps: Maps,
+        at_x: tuple[Any, ...],
+        skip: tuple[Any, ...],
+        wants: set[str],
+        grads: dict[str, Any],
+    ) -> Tensor:
+        affine, residual = at_x
+        norm = None if self.attends else maps.norm
+        tensors, options = self._expand_arguments(norm)
+        asked = [True, *self._asked(("v_weight", "v_bias"), wants)]
+        asked += self._asked_of_norm(affine, wants) if not self.attends else [False, False]
+        found = expand_backward(grad, maps.s, *tensors, affine, *skip, residual, asked, *options)
+        dx, grads["v_weight"], grads["v_bias"], *of_norm = spread(found, asked)
+        if not self.attends:
+            self._keep_norm(affine, of_norm, grads)
+        return dx
+
+    def _attend_backward(
+        self,
+        grad: Tensor | None,
+        x: Tensor,
+        norm: Statistics | None,
+        at_x: tuple[Any, ...],
+        wants: set[str],
+        grads: dict[str, Any],
+    ) -> Tensor:
+        affine, residual = at_x
+        tensors, options = self._attention_tensors(norm), self._attention_options(norm)
+        names = ("qk_weight", "qk_bias", "v_weight", "v_bias")
+        asked = [True, *self._asked(names, wants)]
+        if not self.attends_over_v:
+            asked[3:] = [False, False]
+        asked += self._asked_of_norm(affine, wants)
+        found = window_attention_backward(grad, x, *tensors, affine, residual, asked, *options)
+        dx, *parameters = spread(found, asked)
+        grads |= {n: g for n, g in zip(names, parameters[:4], strict=True) if g is not None}
+        self._keep_norm(affine, parameters[4:], grads)
+        return dx
+
+    def _asked(self, names: tuple[str, ...], wants: set[str]) -> list[bool]:
+        return [name in wants for name in names]
+
+    def _asked_of_norm(self, affine: Tensor | None, wants: set[str]) -> list[bool]:
+        """Sums for a batch norm, else the gradients of the norm's parameters."""
+        return [True, False] if affine is not None else self._asked(_NORM, wants)
+
+    def _keep_norm(
+        self, affine: Tensor | None, found: list[Tensor | None], grads: dict[str, Any]
+    ) -> None:
+        names = _NORM if affine is None else ("norm_sums",)
+        grads |= zip(names, found)
+
+
+def spread(found: list[Tensor], asked: list[bool]) -> list[Any]:
+    """What was found, in the places where it was asked for."""
+    rest = iter(found)
+    return [next(rest) if a else None for a in asked]

@@ -1,0 +1,116 @@
+"""A training step through the whole block: the kernels of one backend, forward and backward.
+
+Saved between the two: the input x, the attention's result s, the expanded map e, the convolution's
+result y and four numbers a channel for each batch norm. Recomputed: norms, q, k, the softmax, the
+pre-activations, the activations behind the convolution, and every derivative. Of the expanded
+width the backward pass writes two maps, dz and the gradient at e.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emo_kernels import backends
+from emo_kernels.ops.batch_norm import Statistics
+from emo_kernels.ops.irmb_step import Maps, Plan, Step, spread
+from emo_kernels.ops.registration import needs_gradient
+from emo_kernels.spec import IRMBWeights
+
+
+class _Block(torch.autograd.Function):
+    """The step as PyTorch's autograd sees it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, x: Tensor, drop_scale: Tensor | None, *weights: Tensor | None
+    ) -> Tensor:
+        step = Step(plan, IRMBWeights._make(weights), drop_scale)
+        out, maps = step.forward(x)
+        ctx.plan = plan
+        ctx.pixels = [s and s.pixels for s in (maps.norm, maps.bn)]
+        statistics = [(None, None) if s is None else s[::2] for s in (maps.norm, maps.bn)]
+        s, e = (None if t is x else t for t in (maps.s, maps.e))
+        e = None if maps.e is maps.s else e
+        kept = (x, s, e, maps.y, maps.means, *statistics[0], *statistics[1], drop_scale)
+        ctx.save_for_backward(*kept, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, s, e, y, means, *saved = ctx.saved_tensors
+        norm_affine, norm_total, affine, total, drop_scale, *tensors = saved
+        weights = IRMBWeights._make(tensors)
+        if torch.is_grad_enabled():
+            grads = _differentiable(ctx, grad, x, drop_scale, weights)
+            return (None, *grads)
+        s = x if s is None else s
+        norm = None if norm_affine is None else Statistics(norm_affine, ctx.pixels[0], norm_total)
+        bn = Statistics(affine, ctx.pixels[1], total)
+        maps = Maps(s, s if e is None else e, y, norm, bn, means)
+        names = ("x", "drop_scale", *IRMBWeights._fields)
+        inputs = (x, drop_scale, *weights)
+        needed = ctx.needs_input_grad[1:]
+        wants = {n for n, is_needed in zip(names, needed, strict=True) if is_needed}
+        step = Step(ctx.plan, weights, drop_scale)
+        found = step.backward(grad, x, maps, needed[0], wants)
+        return None, *(
+            _match(found.get(name), like) if name in wants else None
+            for name, like in zip(names, inputs, strict=True)
+        )
+
+
+def _match(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """The gradient in the dtype and shape of what it belongs to."""
+    if grad is None or like is None:
+        return grad
+    return grad.to(like.dtype).reshape(like.shape)
+
+
+def _differentiable(
+    ctx: Any, grad: Tensor, x: Tensor, drop_scale: Tensor | None, weights: IRMBWeights
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated: through the reference composition."""
+    plan, needed = ctx.plan, ctx.needs_input_grad[1:]
+    if plan.norm.process_group is not None or plan.bn.process_group is not None:
+        raise NotImplementedError(
+            "irmb_training: a block whose batch norms span processes has no double backward; "
+            "run it without create_graph, or restore(model)"
+        )
+    inputs = [t if t is None else t.to(x.dtype).view_as(t) for t in (x, drop_scale, *weights)]
+    irmb = backends.function("reference", "irmb")
+    statistics = (plan.norm.batch_statistics, plan.bn.batch_statistics)
+    out = irmb(
+        inputs[0],
+        IRMBWeights._make(inputs[2:]),
+        plan.spec,
+        batch_statistics=statistics,
+        drop_scale=inputs[1],
+    )
+    sought = [t for t, n in zip(inputs, needed, strict=True) if t is not None and n]
+    found = torch.autograd.grad(out, sought, grad, create_graph=True, materialize_grads=True)
+    return spread(list(found), list(needed))
+
+
+def irmb_training(
+    x: Tensor, weights: IRMBWeights, plan: Plan, drop_scale: Tensor | None = None
+) -> Tensor:
+    """One block in a training step, its running statistics moved in place.
+
+    Args:
+        x: (N, C, H, W).
+        weights: the block's tensors; they may be float32 where x has 16 bits.
+        plan: switches, modes of the batch norms, backend.
+        drop_scale: (N,), stochastic depth: 0 or 1 / keep for each image.
+
+    Returns:
+        (N, O, H', W') in the dtype of x.
+
+    Raises:
+        ValueError: a batch norm has one value for each channel.
+    """
+    if needs_gradient((x, drop_scale, *weights)):
+        return _Block.apply(plan, x, drop_scale, *weights)
+    return Step(plan, weights, drop_scale).forward(x)[0]
