@@ -18,7 +18,7 @@ from emo_kernels import backends, reference
 from emo_kernels.nn import iRMB
 from emo_kernels.ops.irmb_step import Plan
 from emo_kernels.ops.irmb_training import irmb_training
-from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights, training_limits
+from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights, composition_limits
 from emo_kernels.structure import Reading
 
 STATISTICS = {"batch": (True, True), "known": (False, False), "mixed": (False, True)}
@@ -26,7 +26,7 @@ KERNELS = implementing("irmb_training")
 ROWS = [
     row
     for row in shapes.SWITCHES + shapes.ODD
-    if training_limits(shapes.weights(row), row.spec()) is None and row.n > 0
+    if composition_limits(shapes.weights(row), row.spec()) is None and row.n > 0
 ]
 # Between them every path of the composition; small enough for an interpreter.
 FEW = shapes.rows(

@@ -38,12 +38,14 @@ class Plan(NamedTuple):
         spec: the block's switches.
         norm, bn: how the batch norms in front of the block and behind its convolution run.
         backend: whose kernels run it.
+        adds_residual: whether a block with skips adds its input, or leaves that to the caller.
     """
 
     spec: IRMBSpec
     norm: BatchNormMode
     bn: BatchNormMode
     backend: str
+    adds_residual: bool = True
 
 
 class Maps(NamedTuple):
@@ -69,7 +71,8 @@ class Step:
         self.attends_over_v = self.attends and not spec.attn_pre and weights.v_weight is not None
         self.expands = weights.v_weight is not None and not self.attends_over_v
         self.conv = (spec.stride, spec.padding, spec.dilation, plan.backend)
-        self.proj: Any = weights.proj_weight
+        assert weights.proj_weight is not None
+        self.proj = weights.proj_weight
         if weights.gamma is not None:
             gamma = weights.gamma.to(torch.promote_types(weights.gamma.dtype, torch.float32))
             self.proj = gamma.reshape(-1, 1, 1, 1) * self.proj
@@ -96,7 +99,8 @@ class Step:
         if w.se_reduce_weight is not None:
             means = squeeze(y, scale, shift, self.backend)
             gate = self._excite(means, w)
-        local, residual = (e, x) if spec.skip else (None, None)
+        local = e if spec.skip else None
+        residual = x if spec.skip and plan.adds_residual else None
         out = shrink_forward(
             y, self.proj, scale, shift, local, residual, gate, self.drop_scale, self.backend
         )
@@ -171,7 +175,7 @@ class Step:
         spec, norm = self.spec, maps.norm
         grads: dict[str, Any] = {}
         dz, local_grad = self._shrink_backward(grad, maps, wants, grads)
-        residual = grad if spec.skip else None
+        residual = grad if spec.skip and self.plan.adds_residual else None
         below = x_needed or bool(wants & _BELOW_THE_CONVOLUTION)
         dx = self._convolve_backward(dz, maps, local_grad, below, wants, grads)
         # The norm's affine map and the residual belong to the operator that reads x.

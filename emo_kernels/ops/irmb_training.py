@@ -16,8 +16,8 @@ from torch import Tensor
 from emo_kernels import backends
 from emo_kernels.ops.batch_norm import Statistics
 from emo_kernels.ops.irmb_step import Maps, Plan, Step, spread
-from emo_kernels.ops.registration import needs_gradient
-from emo_kernels.spec import IRMBWeights
+from emo_kernels.ops.registration import define_composite, needs_gradient
+from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights
 
 
 class _Block(torch.autograd.Function):
@@ -111,6 +111,44 @@ def irmb_training(
     Raises:
         ValueError: a batch norm has one value for each channel.
     """
+    if torch.compiler.is_compiling():
+        return _traced(x, weights, plan, drop_scale)
+    return _run(x, weights, plan, drop_scale)
+
+
+def _run(x: Tensor, weights: IRMBWeights, plan: Plan, drop_scale: Tensor | None) -> Tensor:
     if needs_gradient((x, drop_scale, *weights)):
         return _Block.apply(plan, x, drop_scale, *weights)
     return Step(plan, weights, drop_scale).forward(x)[0]
+
+
+# What a compiled graph holds of a step: plain arguments, and the buffers that it moves by name.
+_MOVED = ("norm_mean", "norm_var", "bn_mean", "bn_var")
+
+
+def _traced(x: Tensor, weights: IRMBWeights, plan: Plan, drop_scale: Tensor | None) -> Tensor:
+    modes = [value for mode in (plan.norm, plan.bn) for value in mode[:2]]
+    moved = [getattr(weights, name) for name in _MOVED]
+    fixed = weights._replace(**dict.fromkeys(_MOVED))
+    options = (*plan.spec, *modes, plan.adds_residual, plan.backend)
+    return _composite(x, list(fixed), drop_scale, *moved, *options)
+
+
+def _from_schema(
+    x: Tensor, weights: list[Tensor | None], drop_scale: Tensor | None, *rest: Any
+) -> Tensor:
+    moved, options = rest[:4], rest[4:]
+    spec, modes = IRMBSpec._make(options[: len(IRMBSpec._fields)]), options[len(IRMBSpec._fields) :]
+    norm, bn = BatchNormMode(*modes[:2]), BatchNormMode(*modes[2:4])
+    tensors = IRMBWeights._make(weights)._replace(**dict(zip(_MOVED, moved, strict=True)))
+    return _run(x, tensors, Plan(spec, norm, bn, modes[5], modes[4]), drop_scale)
+
+
+_composite = define_composite(
+    "irmb_training(Tensor x, Tensor?[] weights, Tensor? drop_scale, Tensor(a!)? norm_mean, "
+    "Tensor(b!)? norm_var, Tensor(c!)? bn_mean, Tensor(d!)? bn_var, "
+    + ", ".join(f"{type(value).__name__} {name}" for name, value in IRMBSpec()._asdict().items())
+    + ", bool norm_batch, float norm_momentum, bool bn_batch, float bn_momentum, "
+    "bool adds_residual, str backend) -> Tensor",
+    _from_schema,
+)
