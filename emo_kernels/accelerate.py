@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emo_kernels import backends, ops, reference
+from emo_kernels.link import Link
 from emo_kernels.ops.bound import BoundBlock, can_bind
 from emo_kernels.ops.registration import needs_gradient, runs_standard_operators
 from emo_kernels.spec import IRMBSpec, IRMBWeights
@@ -118,10 +119,11 @@ class AcceleratedForward:
         self.backend = backend
         self.previous = block.__dict__.get("forward")
         self._reading: Reading | None = None
+        self._link = Link()
         self._bound: tuple[tuple[str | None, IRMBSpec], BoundBlock] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None, "_bound": None}
+        return {**self.__dict__, "_reading": None, "_bound": None, "_link": Link()}
 
     def reading(self) -> Reading:
         """What the block is now."""
@@ -144,7 +146,7 @@ class AcceleratedForward:
         weights = reading.weights()
         autocast = torch.is_autocast_enabled(x.device.type)
         if reading.batch_dependent or autocast or needs_gradient((x, *weights)):
-            out = train(x, weights, reading, backends.requested(self.backend))
+            out = train(x, weights, reading, backends.requested(self.backend), self._link)
             if out is not None:
                 return out
             if reading.batch_dependent or autocast:
@@ -231,7 +233,8 @@ def _probe(block: nn.Module, weights: IRMBWeights, spec: IRMBSpec) -> str | None
     finally:
         for module, training in modes:
             module.training = training
-    found = reference.irmb(x, weights, spec)
+    untracked = (weights.norm_mean is None, weights.bn_mean is None)
+    found = reference.irmb(x, weights, spec, batch_statistics=untracked)
     limit = max(1e-4, 8 * torch.finfo(x.dtype).eps)
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
         return "its forward returns something else than the published block"

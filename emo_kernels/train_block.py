@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, distributed
 
 from emo_kernels import backends
-from emo_kernels.ops.irmb_training import Plan, irmb_training
+from emo_kernels.link import Link
+from emo_kernels.ops.irmb_training import Plan, irmb_training, irmb_training_among
 from emo_kernels.ops.registration import runs_standard_operators
 from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights
 from emo_kernels.structure import Reading
 
 
 def train(
-    x: Tensor, weights: IRMBWeights, reading: Reading, requested: str | None
+    x: Tensor, weights: IRMBWeights, reading: Reading, requested: str | None, link: Link
 ) -> Tensor | None:
     """What the block computes now, by the kernels of a training step.
 
@@ -42,7 +43,12 @@ def train(
     adds_residual = spec.skip and x.dtype == given.dtype
     plan = Plan(spec, _mode(reading.norm), _mode(reading.bn), backend, adds_residual)
     with torch.autocast(device, enabled=False):
-        out = irmb_training(x, weights, plan, drop_scale)
+        if torch.compiler.is_compiling():
+            out = irmb_training(x, weights, plan, drop_scale)
+        else:
+            known = link.neighbours(x, reading.norm, weights.norm_mean, plan)
+            out, sums = irmb_training_among(x, weights, plan, drop_scale, known)
+            link.leave_on(out, sums, known)
         return given + out if spec.skip and not adds_residual else out
 
 

@@ -31,7 +31,7 @@ ROWS = [
 # Between them every path of the composition; small enough for an interpreter.
 FEW = shapes.rows(
     "block_windows", "both_windows", "post_expansion", "no_skip", "attention_and_excite",
-    "unexpanded", "excite_with_skip", "dilated", "batch_5", "ragged_c21", "v2_5m_stage1_small",
+    "unexpanded", "1m_stage0_small", "dilated", "batch_5", "ragged_c21", "v2_5m_stage1_small",
 )  # fmt: skip
 
 

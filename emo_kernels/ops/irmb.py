@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emo_kernels import backends
 from emo_kernels.ops import checks
-from emo_kernels.ops.irmb_step import Plan, Step
+from emo_kernels.ops.irmb_step import ALONE, Plan, Step
 from emo_kernels.ops.registration import Operator, Options, Tensors
 from emo_kernels.ops.window_attention import check_heads
 from emo_kernels.spec import (
@@ -59,7 +59,7 @@ class _BlockOperator(Operator):
             return super()._run(*args)
         (x, weights, spec), _ = self.from_schema(args[:-1])
         plan = Plan(spec, BatchNormMode(), BatchNormMode(), args[-1])
-        return Step(plan, weights, None).forward(x)[0]
+        return Step(plan, weights, None).forward(x, ALONE)[0]
 
     def replace(self, args: Sequence[Any], tensors: Tensors) -> tuple[Any, ...]:
         return (tensors[0], list(tensors[1:]), *args[2:])

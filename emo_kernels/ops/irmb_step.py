@@ -20,6 +20,7 @@ from emo_kernels.ops.expand import backward as expand_backward
 from emo_kernels.ops.expand import forward as expand_forward
 from emo_kernels.ops.shrink import backward as shrink_backward
 from emo_kernels.ops.shrink import forward as shrink_forward
+from emo_kernels.ops.shrink import statistics as shrink_statistics
 from emo_kernels.ops.squeeze import squeeze, squeeze_backward
 from emo_kernels.ops.window_attention import backward as window_attention_backward
 from emo_kernels.ops.window_attention import forward as window_attention_forward
@@ -46,6 +47,23 @@ class Plan(NamedTuple):
     bn: BatchNormMode
     backend: str
     adds_residual: bool = True
+
+
+class Neighbours(NamedTuple):
+    """What the blocks before and behind save one another: a pass over the map between them.
+
+    Attributes:
+        sums: (2, C), float64, of x around the running mean of the batch norm in front.
+        next_sums: whether the batch norm that reads the output wants such sums of it,
+        next_pivot: (O,), around its own running mean.
+    """
+
+    sums: Tensor | None = None
+    next_sums: bool = False
+    next_pivot: Tensor | None = None
+
+
+ALONE = Neighbours()
 
 
 class Maps(NamedTuple):
@@ -79,12 +97,12 @@ class Step:
 
     # -------------------------------------------------------------------------------- forward
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Maps]:
-        """The block's output and what its gradient needs."""
+    def forward(self, x: Tensor, known: Neighbours) -> tuple[Tensor, Tensor | None, Maps]:
+        """The block's output, its sums where the next block wants them, and the kept maps."""
         w, spec, plan = self.weights, self.spec, self.plan
         norm = None
         if spec.norm == "batch":
-            norm = self._normalize_input(x)
+            norm = self._normalize_input(x, known.sums)
         s = self._attend(x, norm)
         e = self._expand(s, norm)
         parameters = (w.bn_weight, w.bn_bias, w.bn_mean, w.bn_var)
@@ -101,17 +119,19 @@ class Step:
             gate = self._excite(means, w)
         local = e if spec.skip else None
         residual = x if spec.skip and plan.adds_residual else None
-        out = shrink_forward(
-            y, self.proj, scale, shift, local, residual, gate, self.drop_scale, self.backend
-        )
-        return out, Maps(s, e, y, norm, bn, means)
+        tensors = (y, self.proj, scale, shift, local, residual, gate, self.drop_scale)
+        maps = Maps(s, e, y, norm, bn, means)
+        if known.next_sums:
+            return *shrink_statistics(*tensors, known.next_pivot, self.backend), maps
+        return shrink_forward(*tensors, self.backend), None, maps
 
-    def _normalize_input(self, x: Tensor) -> Statistics:
+    def _normalize_input(self, x: Tensor, sums: Tensor | None) -> Statistics:
         w, spec, mode = self.weights, self.spec, self.plan.norm
         parameters = (w.norm_weight, w.norm_bias, w.norm_mean, w.norm_var)
         if not mode.batch_statistics:
             return batch_norm.known(x, parameters, spec.norm_eps)
-        sums = batch_norm.sums(x, w.norm_mean, self.backend)
+        if sums is None:
+            sums = batch_norm.sums(x, w.norm_mean, self.backend)
         return batch_norm.measured(sums, x, parameters, spec.norm_eps, mode, self.backend)
 
     def _norm_arguments(self, norm: Statistics | None) -> tuple[Any, Any, str, float]:

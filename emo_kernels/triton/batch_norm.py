@@ -6,9 +6,9 @@ Tiling: sums: a program walks a fixed range of pixels of BLOCK_C channels, BLOCK
     more kernel adds the programs' partial sums. The two finalizes: a program has BLOCK_C channels.
     Backward: BLOCK_P x BLOCK_C tiles of the map, as a stream.
 Traffic: sums read P C elements; backward reads 2 P C (3 with a residual), writes P C. Streams.
-Numerics: a program sums deviations from its first pixel in fp32 and moves them to the pivot in
-    fp64, so that nothing cancels however far the pivot is, and integers stay exact; all that
-    follows is fp64. The order of additions depends on the shape alone.
+Numerics: a thread sums deviations from the program's first pixel in fp32; threads are added, and
+    moved to the pivot, in fp64, as all that follows. So nothing cancels however far the pivot is,
+    and integers stay exact. The order of additions depends on the shape alone.
 Limits: fp32, fp16 and bf16 maps; weights, biases, running statistics of any of these types.
 """
 
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emo_kernels.triton import launch, layout
-from emo_kernels.triton.partials import reduce_partials
+from emo_kernels.triton.reduce_tall import reduce_tall, whole_groups
 
 PROGRAMS = 1056  # 8 for each of an H200's 132 multiprocessors
 
@@ -43,9 +43,9 @@ def store_sums(
     partials_ptr,  # (programs, 2, C) fp64
     pivot_ptr,  # (C,) or None
     row,
-    s1,  # (BLOCK_C,) sum of x - shift
-    s2,  # (BLOCK_C,) sum of (x - shift)^2
-    shift,
+    s1,  # (rows, BLOCK_C) fp32, sums of x - shift
+    s2,  # (rows, BLOCK_C) fp32, sums of (x - shift)^2
+    shift,  # (BLOCK_C,) fp32
     count,
     offs_c,
     mask_c,
@@ -54,7 +54,7 @@ def store_sums(
     """Store one program's sums about ``shift`` as sums about the pivot, exact but for fp64."""
     delta = shift.to(tl.float64) - load_or(pivot_ptr, offs_c, mask_c, 0.0)
     n = count.to(tl.float64)
-    s1, s2 = s1.to(tl.float64), s2.to(tl.float64)
+    s1, s2 = tl.sum(s1.to(tl.float64), axis=0), tl.sum(s2.to(tl.float64), axis=0)
     at = partials_ptr + row * 2 * C + offs_c
     tl.store(at, s1 + n * delta, mask=mask_c)
     tl.store(at + C, s2 + delta * (2.0 * s1 + n * delta), mask=mask_c)
@@ -92,7 +92,6 @@ def _batch_norm_sums_kernel(
         s1 += deviation
         s2 += deviation * deviation
         offs_p += BLOCK_P
-    s1, s2 = tl.sum(s1, axis=0), tl.sum(s2, axis=0)
     store_sums(partials_ptr, pivot_ptr, pid_p, s1, s2, shift, count, offs_c, mask_c, C)
 
 
@@ -229,22 +228,17 @@ def channel_block(c: int, largest: int = 128) -> int:
     return max(blocks, key=lambda b: (-8 * (-(-c // b) * b) // c, b))
 
 
-def _stream_rule(arch: int, *, c: int, p: int) -> dict[str, int]:
-    """Tiles of 4096 elements, 32 a thread: enough loads in flight to fill the memory pipe."""
+def _rule(arch: int, *, c: int, p: int) -> dict[str, int]:
+    """Tiles of 2048 elements, 16 a thread: loads enough in flight, room for fp64 sums."""
     if arch == launch.INTERPRETER:
         block_c = min(triton.next_power_of_2(c), 128)
-        return {"BLOCK_P": min(1024, 1 << 16 // block_c), "BLOCK_C": block_c, "num_warps": 4}
+        return {"BLOCK_P": min(1024, 65536 // block_c), "BLOCK_C": block_c, "num_warps": 4}
     block_c = channel_block(c)
-    return {"BLOCK_P": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
+    return {"BLOCK_P": 2048 // block_c, "BLOCK_C": block_c, "num_warps": 4}
 
 
 def _pixel_count(x: Tensor) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3]
-
-
-def _group(rows: int) -> int:
-    """Rows of partial sums that become one in the first of two steps: about their root."""
-    return 1 << rows.bit_length() // 2 if rows >= 128 else 1
 
 
 def new_partial_sums(x: Tensor, rows: int) -> Tensor:
@@ -252,17 +246,8 @@ def new_partial_sums(x: Tensor, rows: int) -> Tensor:
 
     Every row must be written: as many programs are launched, some of them without pixels.
     """
-    rows = triton.cdiv(rows, _group(rows)) * _group(rows)
+    rows = whole_groups(rows)
     return torch.empty((rows, 2, x.shape[1]), dtype=torch.float64, device=x.device)
-
-
-def add_partial_sums(partials: Tensor) -> Tensor:
-    """The sum (2, C) of what :func:`new_partial_sums` holds; in two steps where it is tall."""
-    rows, _, c = partials.shape
-    group = _group(rows)
-    if group > 1:
-        partials = reduce_partials(partials.view(rows // group, group, 2, c), torch.float64)
-    return reduce_partials(partials, torch.float64)
 
 
 def batch_norm_sums(x: Tensor, pivot: Tensor | None) -> Tensor:
@@ -276,7 +261,7 @@ def batch_norm_sums(x: Tensor, pivot: Tensor | None) -> Tensor:
     if p == 0:
         return torch.zeros((2, c), dtype=torch.float64, device=x.device)
     x = layout.pixels(x)
-    tiles = launch.tiles("batch_norm_sums", _stream_rule, c=c, p=p)
+    tiles = launch.tiles("batch_norm_sums", _rule, c=c, p=p)
     blocks_c, block_p = triton.cdiv(c, tiles["BLOCK_C"]), tiles["BLOCK_P"]
     programs = min(triton.cdiv(p, block_p), max(PROGRAMS // blocks_c, 2))
     rows = triton.cdiv(triton.cdiv(p, programs), block_p) * block_p
@@ -292,7 +277,7 @@ def batch_norm_sums(x: Tensor, pivot: Tensor | None) -> Tensor:
             C=c,
             **tiles,
         )
-    return add_partial_sums(partials)
+    return reduce_tall(partials, torch.float64)
 
 
 _CHANNELS = {"BLOCK_C": 128, "num_warps": 4}
@@ -395,7 +380,7 @@ def batch_norm_backward(
     p = _pixel_count(x)
     if p == 0:
         return dx
-    tiles = launch.tiles("batch_norm_backward", _stream_rule, c=c, p=p)
+    tiles = launch.tiles("batch_norm_backward", _rule, c=c, p=p)
     blocks_c = triton.cdiv(c, tiles["BLOCK_C"])
     with layout.on_device(x):
         _batch_norm_backward_kernel[(triton.cdiv(p, tiles["BLOCK_P"]) * blocks_c,)](

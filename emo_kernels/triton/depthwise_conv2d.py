@@ -1,11 +1,11 @@
 """Depthwise convolution: the operator to copy when adding one.
 
-Computes: y[n, i, j, c] = sum_ab weight[c, a, b] x[n, i S + a D - P, j S + b D - P, c], zeros outside
-    the map; ``_statistics`` adds the batch-norm sums of y as stored, in the same pass.
+Computes: y[n, i, j, c] = sum_ab weight[c, a, b] x[n, i S + a D - P, j S + b D - P, c], zeros
+    outside the map; ``_statistics`` adds the batch-norm sums of y as stored, in the same pass.
 Tiling: a program has BLOCK_T tiles of R_H x R_W neighbouring pixels of y, BLOCK_C channels; a
-    thread has the same 2 or so channels of one tile, and every tap of it, in registers. The patch
-    of x under a tile is loaded once, each element meeting all pixels it reaches: K K multiplications
-    and (R_H + K - 1)(R_W + K - 1) / (R_H R_W) loads a pixel at stride 1. All loops unroll.
+    thread has two channels of one tile, and their sums, in registers. The patch of x under a tile
+    is loaded once, each element meeting all pixels it reaches: K K multiplications and
+    (R_H + K - 1)(R_W + K - 1) / (R_H R_W) loads a pixel at stride 1. All loops unroll.
 Traffic: x once (halos from the caches), y once: 2 K K operations for 2 elements at stride 1, where
     instructions bind before memory does (K = 5: about 45 a pixel and channel on sm_90).
 Numerics: fp32 products and sums, rounded once. Statistics: ``batch_norm.py``.
@@ -23,7 +23,6 @@ from torch import Tensor
 from emo_kernels.spec import conv_output_size
 from emo_kernels.triton import launch, layout
 from emo_kernels.triton.batch_norm import (
-    add_partial_sums,
     batch_norm_sums,
     channel_block,
     load_coefficients,
@@ -31,36 +30,32 @@ from emo_kernels.triton.batch_norm import (
     store_sums,
 )
 from emo_kernels.triton.depthwise_conv2d_general import convolve_general
+from emo_kernels.triton.reduce_tall import reduce_tall
 
 # --------------------------------------------------------------------------- geometry of one tile
 # Forward, a tile of y reads a patch of x; BACKWARD, a tile of dx, whose sides are multiples of the
 # stride, reads a patch of dy. p counts rows (columns) of the patch, r those of the tile.
 
 
-def _first_row(K: int, STRIDE: int, PADDING: int, DILATION: int, BACKWARD: bool) -> int:
-    """Row of the patch's map where a patch begins, for the tile at row 0."""
-    return -(((K - 1) * DILATION - PADDING) // STRIDE) if BACKWARD else -PADDING
-
-
 @triton.constexpr_function
 def first_row(K, STRIDE, PADDING, DILATION, BACKWARD):
-    """:func:`_first_row` for kernels."""
-    return _first_row(K, STRIDE, PADDING, DILATION, BACKWARD)
+    """Row of the patch's map where a patch begins, for the tile at row 0."""
+    return -(((K - 1) * DILATION - PADDING) // STRIDE) if BACKWARD else -PADDING
 
 
 @triton.constexpr_function
 def patch_side(R, K, STRIDE, PADDING, DILATION, BACKWARD):
     """Rows of the patch under a tile of R rows."""
     if BACKWARD:
-        return (R - 1 + PADDING) // STRIDE - _first_row(K, STRIDE, PADDING, DILATION, True) + 1
+        return (R - 1 + PADDING) // STRIDE - first_row(K, STRIDE, PADDING, DILATION, True) + 1
     return (R - 1) * STRIDE + (K - 1) * DILATION + 1
 
 
 @triton.constexpr_function
-def tap(p, r, K, STRIDE, PADDING, DILATION, BACKWARD):
+def row_tap(p, r, K, STRIDE, PADDING, DILATION, BACKWARD):
     """The filter's row through which row p of the patch meets row r of the tile; -1: none."""
     if BACKWARD:
-        p += _first_row(K, STRIDE, PADDING, DILATION, True)
+        p += first_row(K, STRIDE, PADDING, DILATION, True)
         a, rest = divmod(r + PADDING - p * STRIDE, DILATION)
     else:
         a, rest = divmod(p - r * STRIDE, DILATION)
@@ -68,10 +63,18 @@ def tap(p, r, K, STRIDE, PADDING, DILATION, BACKWARD):
 
 
 @triton.constexpr_function
+def tap(p, q, r, R_W, K, STRIDE, PADDING, DILATION, BACKWARD):
+    """The tap (of K K) through which (p, q) of the patch meets pixel r of the tile; -1: none."""
+    a = row_tap(p, r // R_W, K, STRIDE, PADDING, DILATION, BACKWARD)
+    b = row_tap(q, r % R_W, K, STRIDE, PADDING, DILATION, BACKWARD)
+    return a * K + b if a >= 0 and b >= 0 else -1
+
+
+@triton.constexpr_function
 def first_use(a, K, STRIDE, PADDING, DILATION, BACKWARD):
     """The first row of the patch that meets row a of the filter."""
     if BACKWARD:
-        first = _first_row(K, STRIDE, PADDING, DILATION, True)
+        first = first_row(K, STRIDE, PADDING, DILATION, True)
         return -((a * DILATION - PADDING) // STRIDE) - first
     return a * DILATION
 
@@ -147,13 +150,9 @@ def correlate(
             mask = row_live & ((j0 + q).to(tl.uint32, bitcast=True) < W)[:, None]
             x = load_patch(ptr, normed_ptr, offs + q * C, mask, c1, c2, c3, mean)
             for r in tl.static_range(R_H * R_W):
-                if tap(p, r // R_W, K, STRIDE, PADDING, DILATION, BACKWARD) >= 0:
-                    if tap(q, r % R_W, K, STRIDE, PADDING, DILATION, BACKWARD) >= 0:
-                        w_t = w[
-                            tap(p, r // R_W, K, STRIDE, PADDING, DILATION, BACKWARD) * K
-                            + tap(q, r % R_W, K, STRIDE, PADDING, DILATION, BACKWARD)
-                        ]
-                        acc = acc[:r] + (acc[r] + x * w_t[None, :],) + acc[r + 1 :]
+                if tap(p, q, r, R_W, K, STRIDE, PADDING, DILATION, BACKWARD) >= 0:
+                    w_t = w[tap(p, q, r, R_W, K, STRIDE, PADDING, DILATION, BACKWARD)]
+                    acc = acc[:r] + (acc[r] + x * w_t[None, :],) + acc[r + 1 :]
         offs += row_pitch
     return acc
 
@@ -217,7 +216,6 @@ def _depthwise_conv2d_fwd_kernel(
     shift = tl.zeros((BLOCK_C,), tl.float32)
     s1 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     s2 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    count = tl.zeros((BLOCK_T,), tl.int32)
     for r in tl.static_range(R_H * R_W):
         inside = (n < N) & (i + r // R_W < HO) & (j + r % R_W < WO)
         mask = live & inside[:, None]
@@ -230,12 +228,10 @@ def _depthwise_conv2d_fwd_kernel(
             deviation = tl.where(mask, y.to(tl.float32) - shift[None, :], 0.0)
             s1 += deviation
             s2 += deviation * deviation
-            count += inside.to(tl.int32)
     if partials_ptr is not None:
-        s1, s2 = tl.sum(s1, axis=0), tl.sum(s2, axis=0)
-        store_sums(
-            partials_ptr, pivot_ptr, pid_t, s1, s2, shift, tl.sum(count), offs_c, mask_c, C
-        )
+        pixels = tl.minimum(HO - i, R_H) * tl.minimum(WO - j, R_W)
+        count = tl.sum(tl.where(n < N, pixels, 0))
+        store_sums(partials_ptr, pivot_ptr, pid_t, s1, s2, shift, count, offs_c, mask_c, C)
 
 
 # -------------------------------------------------------------------------------------- launchers
@@ -266,10 +262,10 @@ def stencil_tiles(arch: int, c: int, sides: list[tuple[int, int, float]]) -> dic
 def _fwd_rule(
     arch: int, *, c: int, k: int, s: int, d: int, h: int, w: int, p: int
 ) -> dict[str, int]:
-    """The tile with the fewest instructions a pixel that fits 128 registers, edges included."""
+    """The tile with the fewest instructions a pixel, edges included, that fits about 128 registers."""
     if arch == launch.INTERPRETER:
         return stencil_tiles(arch, c, [(1, 2, 0.0)])
-    pixels = 28 if k <= 3 else 16 if k <= 5 else 8
+    pixels = (28 if k <= 3 else 14 if k <= 5 else 8) // s
     sides = []
     for r_h, r_w in ((4, 7), (2, 7), (1, 7), (4, 4), (2, 4), (1, 4), (2, 2), (1, 2), (1, 1)):
         patch = ((r_h - 1) * s + (k - 1) * d + 1) * ((r_w - 1) * s + (k - 1) * d + 1)
@@ -350,7 +346,7 @@ def _forward(
             DILATION=dilation,
             **tiles,
         )
-    return y, None if partials is None else add_partial_sums(partials)
+    return y, None if partials is None else reduce_tall(partials, torch.float64)
 
 
 def depthwise_conv2d_unsupported(

@@ -131,7 +131,7 @@ def _general_rule(arch: int, *, c: int, p: int) -> dict[str, int]:
     """Eight elements a thread."""
     if arch == launch.INTERPRETER:
         block_c = min(triton.next_power_of_2(c), 128)
-        return {"BLOCK_P": min(512, 1 << 15 // block_c), "BLOCK_C": block_c, "num_warps": 4}
+        return {"BLOCK_P": min(512, 32768 // block_c), "BLOCK_C": block_c, "num_warps": 4}
     block_c = channel_block(c)
     return {"BLOCK_P": 1024 // block_c, "BLOCK_C": block_c, "num_warps": 4}
 

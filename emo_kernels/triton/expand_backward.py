@@ -23,13 +23,19 @@ from torch import Tensor
 from emo_kernels.triton import launch, layout
 from emo_kernels.triton.activation import activate_backward
 from emo_kernels.triton.expand import block_for, operand, pre_activation, precision, tile_of
-from emo_kernels.triton.expand_backward_input import (
+from emo_kernels.triton.expand_backward_fused import expand_backward_fused, fuses
+from emo_kernels.triton.expand_backward_input import expand_backward_input
+from emo_kernels.triton.expand_backward_terms import (
+    Results,
+    Tensors,
+    Wants,
     add_partials,
-    expand_backward_input,
+    new_partials,
     padded_parts,
 )
 from emo_kernels.triton.expand_backward_weight import expand_backward_weight
 from emo_kernels.triton.normalize import layer_norm_statistics
+from emo_kernels.triton.partials import reduce_partials
 
 
 @triton.jit
@@ -177,26 +183,12 @@ def _expand_bwd_activation_rule(
 
 
 def _activation_gradient(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    statistics: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    out_grad: Tensor | None,
-    out_weight: Tensor | None,
-    drop_scale: Tensor | None,
-    *,
-    want_bias: bool,
-    norm: str,
-    act: str,
-    groups: int,
+    t: Tensors, want_bias: bool, *, norm: str, act: str, groups: int
 ) -> tuple[Tensor, Tensor | None]:
     """(da, partials (parts, M) of its sums over the pixels, ``None`` unless wanted)."""
-    n, c, h, w = x.shape
-    p, m = n * h * w, weight.shape[0]
-    o = 0 if out_grad is None else out_grad.shape[1]
+    n, c, h, w = t.x.shape
+    p, m = n * h * w, t.weight.shape[0]
+    o = 0 if t.out_grad is None else t.out_grad.shape[1]
     tiles = launch.tiles(
         "expand_bwd_activation",
         _expand_bwd_activation_rule,
@@ -204,26 +196,24 @@ def _activation_gradient(
         k=c // groups,
         m=m // groups,
         o=o,
-        itemsize=x.element_size(),
+        itemsize=t.x.element_size(),
     )
-    da = layout.new_map(x, n, m, h, w)
+    da = layout.new_map(t.x, n, m, h, w)
     parts = padded_parts(triton.cdiv(p, tiles["BLOCK_P"]))
-    partials = None
-    if want_bias:
-        partials = torch.empty((parts, m), dtype=torch.float32, device=x.device)
+    partials = new_partials(want_bias, t.x, parts, m)
     programs = parts * triton.cdiv(m // groups, tiles["BLOCK_M"]) * groups
-    with layout.on_device(x):
+    with layout.on_device(t.x):
         _expand_bwd_activation_kernel[(programs,)](
-            grad,
-            x,
-            weight,
-            bias,
-            statistics,
-            norm_weight,
-            norm_bias,
-            out_grad,
-            out_weight,
-            drop_scale,
+            t.grad,
+            t.x,
+            t.weight,
+            t.bias,
+            t.statistics,
+            t.norm_weight,
+            t.norm_bias,
+            t.out_grad,
+            t.out_weight,
+            t.drop_scale,
             da,
             partials,
             p,
@@ -234,10 +224,24 @@ def _activation_gradient(
             GROUPS=groups,
             NORM=norm,
             ACT=act,
-            PRECISION=precision(x),
+            PRECISION=precision(t.x),
             **tiles,
         )
     return da, partials
+
+
+def _expand_backward_split(
+    t: Tensors, wants: Wants, *, norm: str, act: str, groups: int
+) -> Results:
+    """The gradient in three kernels with da between them."""
+    da, db = _activation_gradient(t, wants.bias, norm=norm, act=act, groups=groups)
+    dx = dw = sums = None
+    if wants.dx or wants.sums:
+        behind = norm if t.affine is None else "batch"
+        dx, sums = expand_backward_input(da, t, wants, norm=behind, groups=groups)
+    if wants.weight:
+        dw = expand_backward_weight(da, t, norm=norm, groups=groups)
+    return Results(dx, dw, db, sums)
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
@@ -292,53 +296,32 @@ def expand_backward(
     if grad.numel() == 0:
         return _no_pixels(x, parameters, needed, affine is not None)
     x = layout.pixels(x)
-    matrix = operand(weight, x)
-    norm_weight, norm_bias = _dense(norm_weight), _dense(norm_bias)
-    statistics = layer_norm_statistics(x, eps) if norm == "layer" else None
-    da, bias_partials = _activation_gradient(
+    t = Tensors(
         layout.pixels(grad),
         x,
-        matrix,
+        operand(weight, x),
         _dense(bias),
-        statistics,
-        norm_weight,
-        norm_bias,
+        layer_norm_statistics(x, eps) if norm == "layer" else None,
+        _dense(norm_weight),
+        _dense(norm_bias),
+        _dense(affine),
         None if out_grad is None else layout.pixels(out_grad),
         None if out_weight is None else operand(out_weight, x),
         _dense(drop_scale),
-        want_bias=needed[2],
-        norm=norm,
-        act=act,
-        groups=groups,
+        None if residual is None or affine is not None else layout.pixels(residual),
     )
-    want_sums = needed[3] or (needed[4] and affine is None)
-    grads: list[Tensor] = []
-    dx = sums = None
-    if needed[0] or want_sums:
-        dx, sums = expand_backward_input(
-            da,
-            x,
-            matrix,
-            statistics,
-            norm_weight,
-            _dense(affine),
-            None if residual is None or affine is not None else layout.pixels(residual),
-            want_dx=needed[0],
-            want_sums=want_sums,
-            norm=norm if affine is None else "batch",
-            groups=groups,
-        )
-    if dx is not None:
-        grads.append(dx)
-    if needed[1]:
-        grads.append(
-            expand_backward_weight(
-                da, x, weight, statistics, norm_weight, norm_bias, norm=norm, groups=groups
-            )
-        )
-    if bias is not None and bias_partials is not None:
-        grads.append(add_partials(bias_partials, torch.empty_like(bias)))
-    return grads + _norm_gradients(sums, norm_weight, norm_bias, needed, affine is not None)
+    wants = Wants(needed[0], needed[1], needed[2], needed[3] or (needed[4] and affine is None))
+    if fuses(t, groups):
+        results = expand_backward_fused(t, wants, norm=norm, act=act)
+    else:
+        results = _expand_backward_split(t, wants, norm=norm, act=act, groups=groups)
+    grads = [] if results.dx is None else [results.dx]
+    if results.weight is not None:
+        dw = results.weight.view(-1, *weight.shape)
+        grads.append(reduce_partials(dw, out=torch.empty_like(weight)))
+    if bias is not None and results.bias is not None:
+        grads.append(add_partials(results.bias, torch.empty_like(bias)))
+    return grads + _norm_gradients(results.sums, norm_weight, norm_bias, needed, affine is not None)
 
 
 def _norm_gradients(

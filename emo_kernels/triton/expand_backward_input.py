@@ -21,11 +21,17 @@ from torch import Tensor
 
 from emo_kernels.triton import launch, layout
 from emo_kernels.triton.expand import block_for, load_statistics, precision, tile_of
-from emo_kernels.triton.normalize import layer_norm_backward, load_channels, standardize
-from emo_kernels.triton.partials import reduce_partials
+from emo_kernels.triton.expand_backward_terms import (
+    Tensors,
+    Wants,
+    input_gradient,
+    new_partials,
+    padded_parts,
+    summed_value,
+)
+from emo_kernels.triton.normalize import load_channels, standardize
 
 ROWS_MOST = 512  # of channels whose layer norm ends in the GEMM's epilogue
-_STAGE = 64  # partials are added in two steps where they are many, this many in the second
 
 
 @triton.jit
@@ -35,38 +41,6 @@ def store_sums(partials_ptr, part, parts, dn, value, offs_c, mask_c, C: tl.const
     tl.store(row, tl.sum(dn, axis=0), mask=mask_c)
     second = row + parts.to(tl.int64) * C
     tl.store(second, tl.sum(dn * value, axis=0), mask=mask_c)
-
-
-@triton.jit
-def input_gradient(
-    dn,
-    x,
-    offs_c,
-    mask_c,
-    mean,
-    rstd,
-    norm_weight_ptr,
-    affine_ptr,
-    C: tl.constexpr,
-    NORM: tl.constexpr,
-):
-    """(dn as its sums take it, dx without residual, v) of a tile, all fp32."""
-    if NORM == "layer":
-        value = tl.where(mask_c[None, :], standardize(x, mean, rstd), 0.0)
-        weight = load_channels(norm_weight_ptr, offs_c, mask_c, 1.0)
-        dx = layer_norm_backward(dn * weight[None, :], value, rstd, C)
-    elif NORM == "affine":
-        value = x
-        dx = dn * load_channels(norm_weight_ptr, offs_c, mask_c, 1.0)[None, :]
-    elif NORM == "batch":
-        center = load_channels(affine_ptr + 2 * C, offs_c, mask_c, 0.0)
-        invstd = load_channels(affine_ptr + 3 * C, offs_c, mask_c, 0.0)
-        value = (x - center[None, :]) * invstd[None, :]
-        dx = dn
-    else:
-        value = x
-        dx = dn
-    return dx, value
 
 
 @triton.jit(do_not_specialize=["P", "parts"])
@@ -91,6 +65,9 @@ def _expand_bwd_input_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    tl.static_assert(
+        NORM != "layer" or (GROUPS == 1 and BLOCK_C >= C), "layer norm wants whole rows"
+    )
     K: tl.constexpr = M // GROUPS
     rows, mask_p, group, offs_c, mask_c = tile_of(P, C, GROUPS, BLOCK_P, BLOCK_C)
     columns = offs_c - group * (C // GROUPS)
@@ -116,16 +93,15 @@ def _expand_bwd_input_kernel(
     if x_ptr is not None:
         x = tl.load(x_ptr + offs, mask=keep, other=0.0).to(tl.float32)
     mean, rstd = load_statistics(statistics_ptr, rows, mask_p, P, NORM)
-    dx, value = input_gradient(
-        dn, x, offs_c, mask_c, mean, rstd, norm_weight_ptr, affine_ptr, C, NORM
-    )
-    if dx_ptr is not None:
-        if residual_ptr is not None:
-            dx += tl.load(residual_ptr + offs, mask=keep, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=keep)
+    value = summed_value(x, offs_c, mask_c, mean, rstd, affine_ptr, C, NORM)
     if partials_ptr is not None:
         part = tl.program_id(0).to(tl.int64) // (tl.num_programs(0) // parts)
         store_sums(partials_ptr, part, parts, dn, value, offs_c, mask_c, C)
+    if dx_ptr is not None:
+        dx = input_gradient(dn, value, offs_c, mask_c, rstd, norm_weight_ptr, C, NORM)
+        if residual_ptr is not None:
+            dx += tl.load(residual_ptr + offs, mask=keep, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["P", "parts"])
@@ -215,66 +191,26 @@ def _layer_norm_rule(arch: int, *, p: int, c: int) -> dict[str, int]:
     return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 8, "num_stages": 1}
 
 
-def padded_parts(parts: int) -> int:
-    """Partials to allocate for ``parts``: a multiple of 64 where they are added in two steps."""
-    return parts if parts <= 8 * _STAGE else triton.cdiv(parts, _STAGE) * _STAGE
-
-
-def add_partials(partials: Tensor, out: Tensor) -> Tensor:
-    """``out`` (...) = the sum of ``partials`` (padded_parts, ...) over the first dimension."""
-    parts = partials.shape[0]
-    if parts > 8 * _STAGE:
-        steps = partials.view(parts // _STAGE, _STAGE, *partials.shape[1:])
-        wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-        partials = reduce_partials(steps, out_dtype=wide)
-    return reduce_partials(partials, out=out)
-
-
 def expand_backward_input(
-    da: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    statistics: Tensor | None,
-    norm_weight: Tensor | None,
-    affine: Tensor | None,
-    residual: Tensor | None,
-    *,
-    want_dx: bool,
-    want_sums: bool,
-    norm: str,
-    groups: int,
+    da: Tensor, t: Tensors, wants: Wants, *, norm: str, groups: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, partials (2, parts, C) of the sums of dn and dn v), each ``None`` unless wanted.
 
-    ``da`` (N, M, H, W) and ``x`` have dense pixels, ``weight`` is (M, C / groups) in their type;
-    ``norm`` is "batch" for dn itself, and v from ``affine``.
+    ``da`` (N, M, H, W) has dense pixels; ``norm`` is "batch" for dn in place of dx.
     """
-    n, c, h, w = x.shape
-    dx = layout.new_map(x, n, c, h, w) if want_dx else None
+    n, c, h, w = t.x.shape
+    dx = layout.new_map(t.x, n, c, h, w) if wants.dx else None
     if norm == "layer" and (groups > 1 or c > ROWS_MOST):
-        dn = layout.new_map(x, n, c, h, w, torch.float32)
-        _launch_gemm(da, x, weight, None, None, None, None, dn, False, "none", groups)
-        return _launch_layer_norm(dn, x, statistics, norm_weight, residual, dx, want_sums)
-    partials = _launch_gemm(
-        da, x, weight, statistics, norm_weight, affine, residual, dx, want_sums, norm, groups
-    )
-    return dx, partials
+        dn = layout.new_map(t.x, n, c, h, w, torch.float32)
+        _launch_gemm(da, t._replace(residual=None), dn, False, "none", groups)
+        return dx, _launch_layer_norm(dn, t, dx, wants.sums)
+    return dx, _launch_gemm(da, t, dx, wants.sums, norm, groups)
 
 
 def _launch_gemm(
-    da: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    statistics: Tensor | None,
-    norm_weight: Tensor | None,
-    affine: Tensor | None,
-    residual: Tensor | None,
-    dx: Tensor | None,
-    want_sums: bool,
-    norm: str,
-    groups: int,
+    da: Tensor, t: Tensors, dx: Tensor | None, want_sums: bool, norm: str, groups: int
 ) -> Tensor | None:
-    n, c, h, w = x.shape
+    n, c, h, w = t.x.shape
     p, m = n * h * w, da.shape[1]
     tiles = launch.tiles(
         "expand_bwd_input",
@@ -283,21 +219,19 @@ def _launch_gemm(
         c=c // groups,
         m=m // groups,
         rows=int(norm == "layer"),
-        itemsize=x.element_size(),
+        itemsize=t.x.element_size(),
     )
     parts = padded_parts(triton.cdiv(p, tiles["BLOCK_P"]))
-    partials = None
-    if want_sums:
-        partials = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
-    with layout.on_device(x):
+    partials = new_partials(want_sums, t.x, 2, parts, c)
+    with layout.on_device(t.x):
         _expand_bwd_input_kernel[(parts * groups * triton.cdiv(c // groups, tiles["BLOCK_C"]),)](
             da,
-            weight,
-            None if norm == "none" else x,
-            statistics,
-            norm_weight,
-            affine,
-            residual,
+            t.weight,
+            None if norm == "none" else t.x,
+            t.statistics,
+            t.norm_weight,
+            t.affine,
+            t.residual,
             dx,
             partials,
             p,
@@ -306,35 +240,25 @@ def _launch_gemm(
             M=m,
             GROUPS=groups,
             NORM=norm,
-            PRECISION=precision(x),
+            PRECISION=precision(t.x),
             **tiles,
         )
     return partials
 
 
-def _launch_layer_norm(
-    dn: Tensor,
-    x: Tensor,
-    statistics: Tensor | None,
-    norm_weight: Tensor | None,
-    residual: Tensor | None,
-    dx: Tensor | None,
-    want_sums: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    n, c, h, w = x.shape
+def _launch_layer_norm(dn: Tensor, t: Tensors, dx: Tensor | None, want_sums: bool) -> Tensor | None:
+    n, c, h, w = t.x.shape
     p = n * h * w
     tiles = launch.tiles("expand_bwd_layer_norm", _layer_norm_rule, p=p, c=c)
     parts = padded_parts(triton.cdiv(p, tiles["BLOCK_P"]))
-    partials = None
-    if want_sums:
-        partials = torch.empty((2, parts, c), dtype=torch.float32, device=x.device)
-    with layout.on_device(x):
+    partials = new_partials(want_sums, t.x, 2, parts, c)
+    with layout.on_device(t.x):
         _expand_bwd_layer_norm_kernel[(parts,)](
             dn,
-            x,
-            statistics,
-            norm_weight,
-            residual,
+            t.x,
+            t.statistics,
+            t.norm_weight,
+            t.residual,
             dx,
             partials,
             p,
@@ -342,4 +266,4 @@ def _launch_layer_norm(
             C=c,
             **tiles,
         )
-    return dx, partials
+    return partials

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from emo_kernels.triton import launch, layout
 from emo_kernels.triton.expand import block_for, load_normalized, load_statistics, precision
-from emo_kernels.triton.partials import reduce_partials
+from emo_kernels.triton.expand_backward_terms import Tensors
 
-_MULTIPROCESSORS = 132  # of an H200; fixed, so that every GPU adds in the same order
+MULTIPROCESSORS = 132  # of an H200; fixed, so that every GPU adds in the same order
 
 
 @triton.jit(do_not_specialize=["P", "steps"])
@@ -97,7 +97,7 @@ def _expand_bwd_weight_rule(arch: int, *, p: int, c: int, m: int, itemsize: int)
         block_p = 32 if block_c == 256 else 64
     tiles = triton.cdiv(m, block_m) * triton.cdiv(c, block_c)
     resident = min(max(32768 // (block_m * block_c), 1), 4)  # programs an SM, by registers
-    shares = max(_MULTIPROCESSORS * resident // tiles, 1)
+    shares = max(MULTIPROCESSORS * resident // tiles, 1)
     return {
         "BLOCK_P": block_p,
         "BLOCK_M": block_m,
@@ -108,41 +108,31 @@ def _expand_bwd_weight_rule(arch: int, *, p: int, c: int, m: int, itemsize: int)
     }
 
 
-def expand_backward_weight(
-    da: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    statistics: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    *,
-    norm: str,
-    groups: int,
-) -> Tensor:
-    """dW in the type, shape and strides of ``weight``; ``da`` and ``x`` have dense pixels."""
-    n, c, h, w = x.shape
-    p, m = n * h * w, weight.shape[0]
+def expand_backward_weight(da: Tensor, t: Tensors, *, norm: str, groups: int) -> Tensor:
+    """Partials (shares, M, C / groups) of dW; ``da`` (N, M, H, W) has dense pixels."""
+    n, c, h, w = t.x.shape
+    p, m = n * h * w, da.shape[1]
     tiles = launch.tiles(
         "expand_bwd_weight",
         _expand_bwd_weight_rule,
         p=p,
         c=c // groups,
         m=m // groups,
-        itemsize=x.element_size(),
+        itemsize=t.x.element_size(),
     )
     blocks = {name: value for name, value in tiles.items() if name != "SHARES"}
     steps = triton.cdiv(triton.cdiv(p, blocks["BLOCK_P"]), tiles["SHARES"])
     shares = triton.cdiv(triton.cdiv(p, blocks["BLOCK_P"]), steps)
-    partials = torch.empty((shares, *weight.shape), dtype=torch.float32, device=x.device)
+    partials = torch.empty((shares, m, c // groups), dtype=torch.float32, device=t.x.device)
     programs = triton.cdiv(m // groups, blocks["BLOCK_M"])
     programs *= triton.cdiv(c // groups, blocks["BLOCK_C"]) * groups
-    with layout.on_device(x):
+    with layout.on_device(t.x):
         _expand_bwd_weight_kernel[(shares * programs,)](
             da,
-            x,
-            statistics,
-            norm_weight,
-            norm_bias,
+            t.x,
+            t.statistics,
+            t.norm_weight,
+            t.norm_bias,
             partials,
             p,
             steps,
@@ -150,7 +140,7 @@ def expand_backward_weight(
             M=m,
             GROUPS=groups,
             NORM=norm,
-            PRECISION=precision(x),
+            PRECISION=precision(t.x),
             **blocks,
         )
-    return reduce_partials(partials, out=torch.empty_like(weight))
+    return partials

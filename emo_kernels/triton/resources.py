@@ -136,7 +136,7 @@ class _Launchers(TorchDispatchMode):
 def recorded(arch: int) -> Iterator[list[Launch]]:
     """Keep launches, made as for a GPU of that architecture, instead of making them."""
     if launch.interpreting():
-        raise RuntimeError("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+        raise ValueError("TRITON_INTERPRET must be unset to compile kernels, got 1")
     launches: list[Launch] = []
 
     def keep(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
@@ -180,8 +180,8 @@ def measure(launches: Sequence[Launch], arch: int, processes: int = 1) -> list[R
     A kernel that does not compile has the reason among its faults.
     """
     keys = [_key(one, arch) for one in launches]
-    found = {key: _from_cache(key) for key in keys}
-    absent = {key: one for key, one in zip(keys, launches, strict=True) if found[key] is None}
+    found = {key: row for key in keys if (row := _from_cache(key)) is not None}
+    absent = {key: one for key, one in zip(keys, launches, strict=True) if key not in found}
     results = _compile_all(list(absent.items()), arch, processes)
     found |= zip(absent, results, strict=True)
     return [found[key]._replace(kernel=one.name) for key, one in zip(keys, launches, strict=True)]
@@ -205,18 +205,28 @@ def _compile_numbered(number: int, arch: int) -> Resources:
 
 
 def _compile(key: str, one: Launch, arch: int) -> Resources:
+    present = driver._active  # None until something is launched
     driver.set_active(_AbsentGPU(arch))
     try:
         compiled = one.kernel.warmup(*one.args, grid=(1,), **one.options)
         result = _read(compiled, arch)
     except Exception as error:  # of many classes; one kernel must not hide the others
-        lines = str(error).strip().splitlines() or [""]
-        return Resources("", arch, error=f"{type(error).__name__}: {lines[-1][:200]}")
+        return Resources("", arch, error=_why(error))
+    finally:
+        driver.set_active(present)
     _cached(key).parent.mkdir(parents=True, exist_ok=True)
     half = _cached(key).with_suffix(f".{os.getpid()}")
     half.write_text(json.dumps(result._asdict()))
     half.rename(_cached(key))
     return result
+
+
+def _why(error: BaseException) -> str:
+    """In one line, the innermost cause and the last line of text that is not a pointer."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip(" ^")]
+    return f"{type(error).__name__}: {lines[-1].strip()[:200] if lines else ''}"
 
 
 def _from_cache(key: str) -> Resources | None:

@@ -2,7 +2,7 @@
 
 Computes: out = residual + drop_scale[n] W (local + gate[n, m] silu(scale[m] y + shift[m])), the
     block's second half; SPEC 1, DESIGN F3.
-Tiling: a program owns BLOCK_P pixels and BLOCK_O + BLOCK_O2 output channels, all O up to 512; it
+Tiling: a program owns BLOCK_P pixels and BLOCK_O + BLOCK_O2 output channels, all O up to 320; it
     walks M, K of the GEMM, BLOCK_M at a time. Two blocks of O waste less than one power of two.
 Traffic: reads y, local (M a pixel) and residual (O) once, writes out (O) once; W comes from L2.
     2 M O flops for 2 (2 M + 2 O) bytes a pixel: 64 to 120 flops a byte on the official layers.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from emo_kernels.triton import launch, layout
 from emo_kernels.triton.activation import silu
-from emo_kernels.triton.partials import reduce_partials
+from emo_kernels.triton.reduce_tall import reduce_tall, whole_groups
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def _store_out(
     offs_o,
     OUT: tl.constexpr,
 ):
-    """Epilogue of one block of output channels: drop, residual, rounding, sums of what is stored."""
+    """Epilogue of a block of output channels: drop, residual, rounding, sums of what is stored."""
     mask_o = offs_o < OUT
     mask = mask_p[:, None] & mask_o[None, :]
     at = rows[:, None] * OUT + offs_o[None, :]
@@ -142,7 +142,9 @@ def _shrink_fwd_kernel(
         sums_ptr += pid // CHUNKS * (2 * OUT)
     _store_out(acc, drop, residual_ptr, pivot_ptr, out_ptr, sums_ptr, rows, mask_p, offs_o, OUT)
     if BLOCK_O2:
-        _store_out(acc2, drop, residual_ptr, pivot_ptr, out_ptr, sums_ptr, rows, mask_p, offs_o2, OUT)
+        _store_out(
+            acc2, drop, residual_ptr, pivot_ptr, out_ptr, sums_ptr, rows, mask_p, offs_o2, OUT
+        )
 
 
 def output_blocks(o: int) -> tuple[int, int]:
@@ -161,7 +163,8 @@ def shrink_fwd_rule(arch: int, *, p: int, m: int, o: int, bits: int) -> dict[str
         block_o = min(max(16, triton.next_power_of_2(o)), 512)
         tiles = {"BLOCK_P": block_p, "BLOCK_M": block_m, "BLOCK_O": block_o, "BLOCK_O2": 0}
         return tiles | {"num_warps": 4, "num_stages": 1}
-    block_o, block_o2 = output_blocks(o) if o <= 512 else (256, 0)
+    largest = 320 if arch >= 90 else 160  # what the registers hold; before sm_90 also t and W
+    block_o, block_o2 = output_blocks(triton.cdiv(o, triton.cdiv(o, largest)))
     width = block_o + block_o2
     if bits == 32:  # no tensor cores: each thread multiplies, small tiles keep it in registers
         block_o, block_o2 = (block_o, block_o2) if width <= 128 else (64, 0)
@@ -216,6 +219,7 @@ def _forward(
     tiles = launch.tiles("shrink_fwd", shrink_fwd_rule, p=p, m=m, o=o, bits=bits)
     blocks = triton.cdiv(p, tiles["BLOCK_P"])
     chunks = triton.cdiv(o, tiles["BLOCK_O"] + tiles["BLOCK_O2"])
+    blocks = whole_groups(blocks) if statistics else blocks  # a program without pixels sums 0
     partials = y.new_empty((blocks, 2, o), dtype=torch.float32) if statistics else None
     with layout.on_device(y):
         _shrink_fwd_kernel[(blocks * chunks,)](
@@ -238,7 +242,7 @@ def _forward(
             PRECISION=precision(),
             **tiles,
         )
-    return out, None if partials is None else reduce_partials(partials, torch.float64)
+    return out, None if partials is None else reduce_tall(partials, torch.float64)
 
 
 def shrink(

@@ -1,28 +1,23 @@
 """The search behind ``python -m emo_kernels tune``: which launches a model makes, and what is best.
 
-A model's calls of this namespace's functions are recorded as shapes (:func:`record`), with the
-launches that each makes. For every launch the parameters of its rule are then moved one at a time,
-halved and doubled, as long as the call that makes it gets faster (:func:`search`). A candidate
-counts only if the call still gives the results it gave with the rule's parameters, in memory that
+A model's calls are recorded (``record.py``). For every launch they make the parameters of its rule
+are then moved one at a time, halved and doubled, as long as the call gets faster (:func:`search`).
+A candidate counts only if the call still gives the results it gave with the rule's parameters, in memory that
 was filled with NaN. Results go to disk after every launch, so a killed search loses one at most.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from emo_kernels.triton import launch
+from emo_kernels.triton.record import Call
 
 Parameters = dict[str, int]
 Measure = Callable[[Parameters], "float | None"]
@@ -31,144 +26,6 @@ SMALLEST_BLOCK, LARGEST_BLOCK, MOST_WARPS = 16, 2048, 16
 FASTER = 0.99  # of the time so far: less is noise
 # Against the results of the rule: other tiles sum in another order.
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-
-class TensorSpec(NamedTuple):
-    """A tensor of a recorded call, without its numbers."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-
-    def fill(self, generator: torch.Generator) -> Tensor:
-        """A tensor of this kind with small random numbers."""
-        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        if not self.dtype.is_floating_point:
-            return made.zero_()
-        if self.dtype == torch.float64:  # sums and counts, which variances come from
-            return made.uniform_(1.0, 2.0, generator=generator)
-        pointwise = len(self.shape) == 4 and self.shape[2:] == (1, 1)
-        std = max(self.shape[1], 1) ** -0.5 if pointwise else 0.5
-        return made.normal_(0.0, std, generator=generator)
-
-
-@dataclass
-class Call:
-    """One call of a function of this namespace, and the launches it made, in order."""
-
-    function: str
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-    launches: list[str] = field(default_factory=list)
-    inner: bool = False  # made by another recorded call
-    count: int = 1
-
-    @property
-    def identity(self) -> str:
-        """Equal for calls that do the same work."""
-        return repr((self.function, self.args, sorted(self.options.items())))
-
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Fresh arguments: the same numbers at each call."""
-        device = next((a.device for a in self.args if isinstance(a, TensorSpec)), "cpu")
-        generator = torch.Generator(device).manual_seed(0)
-        fill = functools.partial(_map_specs, lambda spec: spec.fill(generator))
-        return tuple(map(fill, self.args)), {k: fill(v) for k, v in self.options.items()}
-
-
-def _map_specs(change: Callable[[TensorSpec], Any], value: Any) -> Any:
-    if isinstance(value, TensorSpec):
-        return change(value)
-    if isinstance(value, list):
-        return [_map_specs(change, item) for item in value]
-    return value
-
-
-def _spec(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return TensorSpec(tuple(value.shape), value.stride(), value.dtype, str(value.device))
-    if isinstance(value, list | tuple):
-        return [_spec(item) for item in value]
-    return value
-
-
-# --------------------------------------------------------------------------------------- recording
-
-
-def functions(namespace: ModuleType) -> dict[str, Callable[..., Any]]:
-    """The functions of a namespace that do work: public, neither a limit nor a launch rule."""
-    return {
-        name: value
-        for name, value in vars(namespace).items()
-        if inspect.isfunction(value)
-        and name[0] != "_"
-        and not name.endswith(("_unsupported", "_rule"))
-    }
-
-
-@contextmanager
-def record(namespace: ModuleType) -> Iterator[list[Call]]:
-    """Collect every call of the namespace's functions, in order, with the launches it makes."""
-    calls: list[Call] = []
-    active: list[Call] = []
-
-    def listen(kernel: str, sizes: dict[str, int], parameters: Parameters) -> Parameters:
-        if active:
-            active[-1].launches.append(launch.key(kernel, launch.architecture(), **sizes))
-        return parameters
-
-    def wrapped(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*args: Any, **options: Any) -> Any:
-            specs = tuple(map(_spec, args)), {k: _spec(v) for k, v in options.items()}
-            active.append(Call(name, *specs, inner=bool(active)))
-            calls.append(active[-1])
-            try:
-                return function(*args, **options)
-            finally:
-                active.pop()
-
-        return call
-
-    replacements = {f: wrapped(name, f) for name, f in functions(namespace).items()}
-    with _replaced(namespace.__name__, replacements), launch.listening(listen):
-        yield calls
-
-
-@contextmanager
-def _replaced(package: str, replacements: Mapping[Any, Any]) -> Iterator[None]:
-    """Other functions in their place, wherever a module of the package names them."""
-    changed: list[tuple[ModuleType, str, Any]] = []
-    for name, module in list(sys.modules.items()):
-        if name == package or name.startswith(f"{package}."):
-            for attribute, value in list(vars(module).items()):
-                if inspect.isfunction(value) and value in replacements:
-                    changed.append((module, attribute, value))
-                    setattr(module, attribute, replacements[value])
-    try:
-        yield
-    finally:
-        for module, attribute, value in changed:
-            setattr(module, attribute, value)
-
-
-def distinct(calls: list[Call]) -> list[Call]:
-    """One call of each kind, with the number of times it was made."""
-    found: dict[str, Call] = {}
-    for call in calls:
-        first = found.setdefault(call.identity, call)
-        if first is not call:
-            first.count += 1
-    return list(found.values())
-
-
-def launches(calls: list[Call]) -> dict[str, Call]:
-    """Every launch by its key in the table, with the first call that makes it."""
-    return {key: call for call in reversed(distinct(calls)) for key in reversed(call.launches)}
-
-
-# --------------------------------------------------------------------------------------- searching
 
 
 def neighbours(name: str, value: int) -> list[int]:

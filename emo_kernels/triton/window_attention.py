@@ -17,6 +17,8 @@ Limits: fp32, bf16, fp16; head_dim <= 64; values as the expand kernel allows.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,17 +29,18 @@ from emo_kernels.triton.expand import expand, expand_unsupported, operand, preci
 from emo_kernels.triton.launch import INTERPRETER, tiles
 from emo_kernels.triton.normalize import row_statistics
 from emo_kernels.triton.window_attention_backward import window_attention_backward
-from emo_kernels.triton.window_attention_large import large_forward
+from emo_kernels.triton.window_attention_large import large_forward, project
 from emo_kernels.triton.window_tiles import (
     GRIDS,
-    LARGEST_TILE,
     Windows,
     add_to,
     head_block,
     heads_per_program,
     load_head,
     normalized,
+    one_tile,
     queries_and_keys,
+    score_tile,
     softmax_scale,
     token_pixels,
     vector,
@@ -120,8 +123,7 @@ def _window_attention_fwd_kernel(
             BLOCK_D,
             PRECISION,
         )
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores = tl.where(inside[None, :], scores, float("-inf"))
+        scores = score_tile(q, k, inside, PRECISION)
         p = tl.exp2((scores - tl.max(scores, 1)[:, None]) * scale)
         total = tl.sum(p, 1)
         for v in range(0, VALUES, BLOCK_V):
@@ -211,17 +213,21 @@ def _forward(
     x: Tensor,
     values: Tensor | None,
     out: Tensor,
-    parameters: dict[str, Tensor | None],
+    qk_weight: Tensor | None,
+    qk_bias: Tensor | None,
+    v_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     windows: Windows,
-    *,
-    head_dim: int,
     grid: bool,
     accumulate: bool,
+    *,
+    head_dim: int,
     norm: str,
     eps: float,
     v_act: str,
 ) -> None:
-    """Launch the kernel for windows of one tile; ``parameters`` are its pointers by name."""
+    """Launch the kernel for windows of one tile."""
     n, c, h, w = x.shape
     m, count, heads = out.shape[1], n * windows.n1 * windows.n2, c // head_dim
     block_t = max(16, triton.next_power_of_2(windows.tokens))
@@ -240,7 +246,11 @@ def _forward(
         x_ptr=x,
         v_ptr=values,
         out_ptr=out,
-        **parameters,
+        qk_weight_ptr=qk_weight,
+        qk_bias_ptr=qk_bias,
+        v_bias_ptr=v_bias,
+        norm_weight_ptr=norm_weight,
+        norm_bias_ptr=norm_bias,
         **windows.arguments(x, max(c, m)),
         eps=eps,
         scale=softmax_scale(head_dim),
@@ -284,29 +294,30 @@ def window_attention(
     windows = Windows.of(x, window_size)
     values = None
     if v_weight is not None:
-        options = {"norm": norm, "eps": eps, "act": v_act, "groups": v_groups}
-        values = layout.pixels(expand(x, v_weight, v_bias, norm_weight, norm_bias, **options))
-    parameters = {
-        "qk_weight_ptr": None if qk_weight is None else operand(qk_weight, x),
-        "qk_bias_ptr": vector(qk_bias),
-        "v_bias_ptr": vector(v_bias) if windows.pads(x) else None,
-        "norm_weight_ptr": vector(norm_weight),
-        "norm_bias_ptr": vector(norm_bias),
-    }
-    launch = _forward if windows.tokens <= LARGEST_TILE else large_forward
+        values = expand(
+            x,
+            v_weight,
+            v_bias,
+            norm_weight,
+            norm_bias,
+            norm=norm,
+            eps=eps,
+            act=v_act,
+            groups=v_groups,
+        )
+    qk_matrix = None if qk_weight is None else operand(qk_weight, x)
+    biases = vector(qk_bias), vector(v_bias) if windows.pads(x) else None
+    norms = vector(norm_weight), vector(norm_bias)
+    sizes: dict[str, Any] = {"head_dim": head_dim, "v_act": v_act}
     with layout.on_device(x):
-        for second, grid in enumerate(GRIDS[window_mode]):
-            launch(
-                x,
-                values,
-                out,
-                parameters,
-                windows,
-                head_dim=head_dim,
-                grid=grid,
-                accumulate=second > 0,
-                norm=norm,
-                eps=eps,
-                v_act=v_act,
-            )
+        if one_tile(x, windows, head_dim, out.shape[1] * head_dim // c):
+            given = (x, values, out, qk_matrix, *biases, *norms, windows)
+            for second, grid in enumerate(GRIDS[window_mode]):
+                _forward(*given, grid, second > 0, norm=norm, eps=eps, **sizes)
+        else:
+            of_map = project(x, qk_matrix, biases[0], *norms, head_dim=head_dim, norm=norm, eps=eps)
+            values = of_map[0] if values is None else values
+            projected = (of_map[1], biases[0], values, biases[1], out, windows)
+            for second, grid in enumerate(GRIDS[window_mode]):
+                large_forward(*projected, grid, second > 0, channels=c, **sizes)
     return out

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from emo_kernels.triton import layout
 from emo_kernels.triton.expand import expand, operand
+from emo_kernels.triton.expand_backward import expand_backward
 from emo_kernels.triton.normalize import layer_norm_statistics
 from emo_kernels.triton.window_attention_gradients import (
     Norm,
@@ -31,12 +32,7 @@ from emo_kernels.triton.window_attention_gradients import (
 from emo_kernels.triton.window_attention_large import project
 from emo_kernels.triton.window_attention_large_backward import large_backward
 from emo_kernels.triton.window_attention_small_backward import small_backward
-from emo_kernels.triton.window_tiles import GRIDS, LARGEST_TILE, Windows, vector
-
-try:
-    from emo_kernels.triton.expand_backward import expand_backward
-except ImportError:
-    from emo_kernels.reference.expand import expand_backward
+from emo_kernels.triton.window_tiles import GRIDS, Windows, one_tile, vector
 
 
 def window_attention_backward(
@@ -98,7 +94,8 @@ class _Backward:
         self.residual = None if residual is None else layout.pixels(residual)
         self.head_dim, self.eps, self.v_act, self.v_groups = head_dim, eps, v_act, v_groups
         self.windows, self.grids = Windows.of(x, window_size), GRIDS[window_mode]
-        self.large = self.windows.tokens > LARGEST_TILE
+        values_per_head = grad.shape[1] * head_dim // x.shape[1]
+        self.large = not one_tile(x, self.windows, head_dim, values_per_head)
         self.qk_matrix = None if self.qk_weight is None else operand(self.qk_weight, x)
         statistics = layer_norm_statistics(self.x, eps) if norm == "layer" else None
         self.norm = Norm(norm, vector(weight), vector(bias), statistics)
@@ -121,7 +118,8 @@ class _Backward:
         """The gradients that are needed, in the order of the arguments."""
         dqk, dv, paddings = self.attention()
         needed = self.needed
-        dn, of_values = dv, []
+        dn: Tensor | None = dv
+        of_values: list[Tensor] = []
         if self.v_weight is not None:
             dn, of_values = self.value_gradients(dqk, dv, paddings)
         of_qk = []
@@ -143,8 +141,15 @@ class _Backward:
         images, c, h, w = self.x.shape
         values, v_bias = None, None
         if self.v_weight is not None:
-            options = {"norm": "none", "eps": self.eps, "act": self.v_act, "groups": self.v_groups}
-            values = layout.pixels(expand(self.n, self.v_weight, self.v_bias, **options))
+            values = expand(
+                self.n,
+                self.v_weight,
+                self.v_bias,
+                norm="none",
+                eps=self.eps,
+                act=self.v_act,
+                groups=self.v_groups,
+            )
             v_bias = vector(self.v_bias) if self.windows.pads(self.x) else None
         dqk = None
         if self.qk_weight is not None or values is not None:
@@ -224,7 +229,7 @@ class _Backward:
         if needed[4] and paddings:
             assert self.v_bias is not None
             sums = paddings[0] if len(paddings) == 1 else torch.cat(paddings)
-            add_padding_gradient(grads[-1], vector(self.v_bias), sums, self.v_act)
+            add_padding_gradient(grads[-1], self.v_bias.contiguous(), sums, self.v_act)
         return (grads[0], grads[1:]) if at_n else (None, grads)
 
     def input_gradients(

@@ -69,7 +69,7 @@ def _window_attention_bwd_input_kernel(
     first = pid * BLOCK_P
     live = first + offs_p < P
     dtype = x_ptr.dtype.element_ty
-    mean, rstd = load_statistics(statistics_ptr + first, offs_p, live, P, NORM)
+    mean, rstd = load_statistics(statistics_ptr, first + offs_p, live, P, NORM)
     sum_g = tl.zeros([BLOCK_P], tl.float32)
     sum_gx = tl.zeros([BLOCK_P], tl.float32)
     for c in range(0, C, BLOCK_C):
@@ -138,7 +138,7 @@ def _input_rule(arch: int, *, p: int, c: int, itemsize: int) -> dict[str, int]:
     """128 x 64 tiles of dn: 32 fp32 registers a thread for the accumulator."""
     if arch == INTERPRETER:
         return {
-            "BLOCK_P": 512,
+            "BLOCK_P": 256,
             "BLOCK_C": max(16, triton.next_power_of_2(c)),
             "BLOCK_K": max(16, triton.next_power_of_2(2 * c)),
             "num_warps": 4,
@@ -273,7 +273,7 @@ def _weight_rule(arch: int, *, p: int, c: int, itemsize: int) -> dict[str, int]:
         return {
             "BLOCK_M": 2 * block,
             "BLOCK_N": block,
-            "BLOCK_P": 512,
+            "BLOCK_P": 256,
             "SHARES": 2,
             "num_warps": 4,
             "num_stages": 1,

@@ -29,8 +29,10 @@ from emo_kernels.triton.window_tiles import (
     load_head,
     normalized,
     queries_and_keys,
+    score_tile,
     softmax_scale,
     token_pixels,
+    warps_for,
 )
 
 
@@ -120,7 +122,7 @@ def _window_attention_large_fwd_kernel(
     ww,
     n1,
     n2,
-    query_blocks,
+    blocks,
     scale,
     C: tl.constexpr,
     M: tl.constexpr,
@@ -137,7 +139,7 @@ def _window_attention_large_fwd_kernel(
     BLOCK_V: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    window, head = pid // query_blocks, tl.program_id(1)
+    window, head = pid // blocks, tl.program_id(1)
     first_pixel = window // (n1 * n2) * H * W  # of the image
     qk_ptr += first_pixel * QK
     v_ptr += first_pixel * M
@@ -150,10 +152,10 @@ def _window_attention_large_fwd_kernel(
     mask_d = offs_d < D
     offs_d += head * D
 
-    tokens = (pid % query_blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
-    out_rows, out_live = token_pixels(window, tokens, H, W, wh, ww, n1, n2, GRID, WIDE)
-    inside = tokens < wh * ww
-    q = load_head(qk_ptr, qk_bias_ptr, out_rows, out_live, inside, offs_d, mask_d, QK, "none")
+    mine = (pid % blocks).to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
+    my_rows, my_live = token_pixels(window, mine, H, W, wh, ww, n1, n2, GRID, WIDE)
+    my_inside = mine < wh * ww
+    q = load_head(qk_ptr, qk_bias_ptr, my_rows, my_live, my_inside, offs_d, mask_d, QK, "none")
     largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     acc = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
@@ -163,8 +165,7 @@ def _window_attention_large_fwd_kernel(
         inside = tokens < wh * ww
         k = load_head(qk_ptr, qk_bias_ptr, rows, live, inside, offs_d + KEYS, mask_d, QK, "none")
         v = load_head(v_ptr, v_bias_ptr, rows, live, inside, offs_v, mask_v, M, ACT)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores = tl.where(inside[None, :], scores, float("-inf"))
+        scores = score_tile(q, k, inside, PRECISION)
         larger = tl.maximum(largest, tl.max(scores, 1))
         p = tl.exp2((scores - larger[:, None]) * scale)
         keep = tl.exp2((largest - larger) * scale)
@@ -173,8 +174,8 @@ def _window_attention_large_fwd_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         largest = larger
     out = acc / total[:, None]
-    at = out_ptr + out_rows[:, None] * M + offs_v[None, :]
-    mask = out_live[:, None] & mask_v[None, :]
+    at = out_ptr + my_rows[:, None] * M + offs_v[None, :]
+    mask = my_live[:, None] & mask_v[None, :]
     add_to(at, out, mask, ACCUMULATE)
 
 
@@ -237,71 +238,66 @@ def project(
     return n, qk
 
 
-def _large_rule(arch: int, *, p: int, d: int, v: int, t: int, itemsize: int) -> dict[str, int]:
-    """Blocks of tokens and of value channels."""
+def large_rule(arch: int, *, p: int, d: int, v: int, t: int, itemsize: int) -> dict[str, int]:
+    """Blocks of tokens and of value channels; fp32 operands of a dot need registers."""
     if arch == INTERPRETER:
         block_t = min(256, triton.next_power_of_2(t))
         return {"BLOCK_T": block_t, "BLOCK_V": head_block(v), "num_warps": 4, "num_stages": 1}
     return {
-        "BLOCK_T": 64,
-        "BLOCK_V": min(128 if itemsize == 2 else 64, head_block(v)),
-        "num_warps": 4 if itemsize == 2 else 8,
+        "BLOCK_T": 64 if itemsize == 2 else 16,
+        "BLOCK_V": min(64 if itemsize == 2 else 32, head_block(v)),
+        "num_warps": warps_for(64, d, itemsize) if itemsize == 2 else 4,
         "num_stages": 2,
     }
 
 
 def large_forward(
-    x: Tensor,
-    values: Tensor | None,
+    qk: Tensor,
+    qk_bias: Tensor | None,
+    values: Tensor,
+    v_bias: Tensor | None,
     out: Tensor,
-    parameters: dict[str, Tensor | None],
     windows: Windows,
-    *,
-    head_dim: int,
     grid: bool,
     accumulate: bool,
-    norm: str,
-    eps: float,
+    *,
+    head_dim: int,
+    channels: int,
     v_act: str,
 ) -> None:
-    """Both steps for one partition; arguments as ``window_attention._forward`` has them."""
-    images, c, h, w = x.shape
-    heads, m = c // head_dim, out.shape[1]
-    qk_weight, qk_bias = parameters["qk_weight_ptr"], parameters["qk_bias_ptr"]
-    n, qk = project(
-        x,
-        qk_weight,
-        qk_bias,
-        parameters["norm_weight_ptr"],
-        parameters["norm_bias_ptr"],
-        head_dim=head_dim,
-        norm=norm,
-        eps=eps,
-    )
-    sizes = {"d": head_dim, "v": m // heads, "t": windows.tokens, "itemsize": x.element_size()}
-    blocks = tiles("window_attention_large_fwd", _large_rule, p=images * h * w, **sizes)
-    query_blocks = triton.cdiv(windows.tokens, blocks["BLOCK_T"])
-    programs = images * windows.n1 * windows.n2 * query_blocks
-    _window_attention_large_fwd_kernel[
-        (programs, heads, triton.cdiv(m // heads, blocks["BLOCK_V"]))
-    ](
+    """The attention of one partition.
+
+    Args:
+        qk: (N, 2C, H, W), or (N, C, H, W) where q = k.
+        qk_bias: (2C,), what padding has in its place.
+        values: (N, M, H, W); v_bias: (M,), None where no window pads.
+        out: (N, M, H, W).
+    """
+    images, m, h, w = out.shape
+    heads = channels // head_dim
+    sizes = {"d": head_dim, "v": m // heads, "t": windows.tokens, "itemsize": out.element_size()}
+    parameters = tiles("window_attention_large_fwd", large_rule, p=images * h * w, **sizes)
+    blocks = triton.cdiv(windows.tokens, parameters["BLOCK_T"])
+    value_blocks = triton.cdiv(m // heads, parameters["BLOCK_V"])
+    count = images * windows.n1 * windows.n2
+    _window_attention_large_fwd_kernel[(count * blocks, heads, value_blocks)](
         qk_ptr=qk,
         qk_bias_ptr=qk_bias,
-        v_ptr=n if values is None else values,
-        v_bias_ptr=parameters["v_bias_ptr"],
+        v_ptr=values,
+        v_bias_ptr=v_bias,
         out_ptr=out,
-        **windows.arguments(x, max(2 * c, m)),
-        query_blocks=query_blocks,
+        **windows.arguments(out, max(qk.shape[1], m)),
+        blocks=blocks,
         scale=softmax_scale(head_dim),
-        C=c,
+        C=channels,
         M=m,
         D=head_dim,
         QK=qk.shape[1],
-        KEYS=0 if qk_weight is None else c,
+        KEYS=qk.shape[1] - channels,
         ACT=v_act,
         GRID=grid,
         ACCUMULATE=accumulate,
-        PRECISION=precision(x),
+        PRECISION=precision(out),
         BLOCK_D=head_block(head_dim),
-        **blocks,
+        **parameters,
     )

@@ -19,22 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from emo_kernels.triton.expand import precision
-from emo_kernels.triton.launch import INTERPRETER, tiles
+from emo_kernels.triton.launch import tiles
+from emo_kernels.triton.window_attention_large import large_rule
 from emo_kernels.triton.window_tiles import (
     Windows,
     add_to,
     head_block,
     load_head,
+    score_tile,
     softmax_scale,
     token_pixels,
 )
-
-
-@triton.jit
-def _scores(q, k, inside, PRECISION: tl.constexpr):
-    """q k^T, not scaled; -inf at keys behind the window."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    return tl.where(inside[None, :], scores, float("-inf"))
 
 
 @triton.jit
@@ -115,76 +110,58 @@ def _window_attention_large_bwd_query_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     offs_d += head * D
-    mine = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mine = (pid % blocks).to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
     my_rows, my_live = token_pixels(window, mine, H, W, wh, ww, n1, n2, GRID, WIDE)
     my_inside = mine < wh * ww
     q = load_head(qk_ptr, qk_bias_ptr, my_rows, my_live, my_inside, offs_d, mask_d, QK, "none")
     largest = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     delta = tl.zeros([BLOCK_T], tl.float32)
-    for first in range(0, wh * ww, BLOCK_T):
-        tokens = first + tl.arange(0, BLOCK_T)
-        rows, live = token_pixels(window, tokens, H, W, wh, ww, n1, n2, GRID, WIDE)
-        inside = tokens < wh * ww
-        k = load_head(qk_ptr, qk_bias_ptr, rows, live, inside, offs_d + KEYS, mask_d, QK, "none")
-        scores = _scores(q, k, inside, PRECISION)
-        dp = _value_products(
-            v_ptr,
-            v_bias_ptr,
-            grad_ptr,
-            head,
-            my_rows,
-            my_live,
-            rows,
-            live,
-            inside,
-            M,
-            VALUES,
-            ACT,
-            PRECISION,
-            BLOCK_T,
-            BLOCK_V,
-        )
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        p = tl.exp2((scores - larger[:, None]) * scale)
-        keep = tl.exp2((largest - larger) * scale)
-        total = total * keep + tl.sum(p, 1)
-        delta = delta * keep + tl.sum(p * dp, 1)
-        largest = larger
-    delta = delta / total
-    tokens_per_head = wh * ww
-    at = rows_ptr + (window * heads + head) * tokens_per_head + mine
-    plane = tl.num_programs(0).to(tl.int64) // blocks * heads * tokens_per_head
+    dq = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for walk in tl.static_range(2):  # what a row needs of all keys; then dq
+        if walk == 1:
+            delta = delta / total
+        for first in range(0, wh * ww, BLOCK_T):
+            tokens = first + tl.arange(0, BLOCK_T)
+            rows, live = token_pixels(window, tokens, H, W, wh, ww, n1, n2, GRID, WIDE)
+            inside = tokens < wh * ww
+            k = load_head(
+                qk_ptr, qk_bias_ptr, rows, live, inside, offs_d + KEYS, mask_d, QK, "none"
+            )
+            scores = score_tile(q, k, inside, PRECISION)
+            dp = _value_products(
+                v_ptr,
+                v_bias_ptr,
+                grad_ptr,
+                head,
+                my_rows,
+                my_live,
+                rows,
+                live,
+                inside,
+                M,
+                VALUES,
+                ACT,
+                PRECISION,
+                BLOCK_T,
+                BLOCK_V,
+            )
+            if walk == 0:
+                larger = tl.maximum(largest, tl.max(scores, 1))
+                p = tl.exp2((scores - larger[:, None]) * scale)
+                keep = tl.exp2((largest - larger) * scale)
+                total = total * keep + tl.sum(p, 1)
+                delta = delta * keep + tl.sum(p * dp, 1)
+                largest = larger
+            else:
+                p = tl.exp2((scores - largest[:, None]) * scale) / total[:, None]
+                ds = (p * (dp - delta[:, None])).to(k.dtype)
+                dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    at = rows_ptr + (window * heads + head) * (wh * ww) + mine
+    plane = tl.num_programs(0).to(tl.int64) // blocks * heads * (wh * ww)
     tl.store(at, largest, mask=my_inside)
     tl.store(at + plane, total, mask=my_inside)
     tl.store(at + 2 * plane, delta, mask=my_inside)
-    dq = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for first in range(0, wh * ww, BLOCK_T):
-        tokens = first + tl.arange(0, BLOCK_T)
-        rows, live = token_pixels(window, tokens, H, W, wh, ww, n1, n2, GRID, WIDE)
-        inside = tokens < wh * ww
-        k = load_head(qk_ptr, qk_bias_ptr, rows, live, inside, offs_d + KEYS, mask_d, QK, "none")
-        scores = _scores(q, k, inside, PRECISION)
-        dp = _value_products(
-            v_ptr,
-            v_bias_ptr,
-            grad_ptr,
-            head,
-            my_rows,
-            my_live,
-            rows,
-            live,
-            inside,
-            M,
-            VALUES,
-            ACT,
-            PRECISION,
-            BLOCK_T,
-            BLOCK_V,
-        )
-        p = tl.exp2((scores - largest[:, None]) * scale) / total[:, None]
-        ds = (p * (dp - delta[:, None])).to(k.dtype)
-        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     mask = my_live[:, None] & mask_d[None, :]
     add_to(out_ptr + my_rows[:, None] * OUT + offs_d[None, :], dq * factor, mask, ACCUMULATE)
 
@@ -234,7 +211,7 @@ def _window_attention_large_bwd_key_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     offs_d += head * D
-    mine = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mine = (pid % blocks).to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
     my_rows, my_live = token_pixels(window, mine, H, W, wh, ww, n1, n2, GRID, WIDE)
     my_inside = mine < wh * ww
     k = load_head(
@@ -251,7 +228,7 @@ def _window_attention_large_bwd_key_kernel(
         largest = tl.load(at, mask=inside, other=0.0)
         total = tl.load(at + plane, mask=inside, other=1.0)
         delta = tl.load(at + 2 * plane, mask=inside, other=0.0)
-        scores = _scores(q, k, my_inside, PRECISION)
+        scores = score_tile(q, k, my_inside, PRECISION)
         p = tl.exp2((scores - largest[:, None]) * scale) / total[:, None]
         dp = _value_products(
             v_ptr,
@@ -319,7 +296,7 @@ def _window_attention_large_bwd_value_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     offs_d += head * D
-    mine = (pid % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mine = (pid % blocks).to(tl.int32) * BLOCK_T + tl.arange(0, BLOCK_T)
     my_rows, my_live = token_pixels(window, mine, H, W, wh, ww, n1, n2, GRID, WIDE)
     my_inside = mine < wh * ww
     k = load_head(
@@ -335,7 +312,7 @@ def _window_attention_large_bwd_value_kernel(
         at = rows_ptr + (window * heads + head) * (wh * ww) + tokens
         largest = tl.load(at, mask=inside, other=0.0)
         total = tl.load(at + plane, mask=inside, other=1.0)
-        scores = _scores(q, k, my_inside, PRECISION)
+        scores = score_tile(q, k, my_inside, PRECISION)
         p = tl.exp2((scores - largest[:, None]) * scale) / total[:, None]
         at = grad_ptr + rows[:, None] * M + offs_v[None, :]
         g = tl.load(at, mask=live[:, None] & mask_v[None, :], other=0.0)
@@ -345,19 +322,6 @@ def _window_attention_large_bwd_value_kernel(
         tl.store(padding_ptr + pid * M + offs_v, padded, mask=mask_v)
     at = dv_ptr + my_rows[:, None] * M + offs_v[None, :]
     add_to(at, dv, my_live[:, None] & mask_v[None, :], ACCUMULATE)
-
-
-def _large_rule(arch: int, *, p: int, d: int, v: int, t: int, itemsize: int) -> dict[str, int]:
-    """Blocks of tokens and of value channels."""
-    if arch == INTERPRETER:
-        block_t = min(256, triton.next_power_of_2(t))
-        return {"BLOCK_T": block_t, "BLOCK_V": head_block(v), "num_warps": 4, "num_stages": 1}
-    return {
-        "BLOCK_T": 64 if itemsize == 2 else 32,
-        "BLOCK_V": min(64, head_block(v)),
-        "num_warps": 4,
-        "num_stages": 2,
-    }
 
 
 def large_backward(
@@ -376,7 +340,7 @@ def large_backward(
     accumulate: bool,
     v_act: str,
 ) -> Tensor | None:
-    """Gradients of one partition, into ``dqk`` and ``dv``.
+    """Gradients of one partition, into ``dqk`` and ``dv``, one kernel after the other.
 
     Args:
         qk: (N, 2C, H, W), or (N, C, H, W) where q = k.
@@ -392,7 +356,7 @@ def large_backward(
     images, m, h, w = grad.shape
     heads = channels // head_dim
     sizes = {"d": head_dim, "v": m // heads, "t": windows.tokens, "itemsize": grad.element_size()}
-    parameters = tiles("window_attention_large_bwd", _large_rule, p=images * h * w, **sizes)
+    parameters = tiles("window_attention_large_bwd", large_rule, p=images * h * w, **sizes)
     blocks = triton.cdiv(windows.tokens, parameters["BLOCK_T"])
     count = images * windows.n1 * windows.n2
     rows = torch.empty((3, count, heads, windows.tokens), dtype=torch.float32, device=grad.device)
@@ -424,15 +388,13 @@ def large_backward(
         "OUT": dqk.shape[1],
         "ACT": v_act,
     }
-    value_blocks = triton.cdiv(m // heads, parameters["BLOCK_V"])
-    # dq before dk, which reads its row statistics; where all three meet in one map, one by one.
     _window_attention_large_bwd_query_kernel[(count * blocks, heads)](
         **score_gradient, ACCUMULATE=accumulate
     )
     _window_attention_large_bwd_key_kernel[(count * blocks, heads)](
         **score_gradient, ACCUMULATE=accumulate or qk.shape[1] == channels
     )
-    _window_attention_large_bwd_value_kernel[(count * blocks, heads, value_blocks)](
-        **shared, dv_ptr=dv, padding_ptr=padding, ACCUMULATE=accumulate or dqk is dv
-    )
+    _window_attention_large_bwd_value_kernel[
+        (count * blocks, heads, triton.cdiv(m // heads, parameters["BLOCK_V"]))
+    ](**shared, dv_ptr=dv, padding_ptr=padding, ACCUMULATE=accumulate or dqk is dv)
     return padding

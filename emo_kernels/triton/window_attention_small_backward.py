@@ -31,6 +31,7 @@ from emo_kernels.triton.window_tiles import (
     load_head,
     normalized,
     queries_and_keys,
+    score_tile,
     softmax_scale,
     token_pixels,
     warps_for,
@@ -117,8 +118,7 @@ def _window_attention_bwd_kernel(
             BLOCK_D,
             PRECISION,
         )
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        scores = tl.where(inside[None, :], scores, float("-inf"))
+        scores = score_tile(q, k, inside, PRECISION)
         p = tl.exp2((scores - tl.max(scores, 1)[:, None]) * scale)
         p = p / tl.sum(p, 1)[:, None]
         columns = (head * D + offs_d)[None, :]
@@ -186,7 +186,7 @@ def backward_rule(
         }
     return {
         "BLOCK_C": min(32, head_block(c)),
-        "BLOCK_V": min(64, head_block(v)),
+        "BLOCK_V": min(64 if block_t < 128 else 32, head_block(v)),
         "HEADS": 1,  # a loop over heads keeps 45 more registers alive
         "num_warps": warps_for(block_t, d, itemsize),
         "num_stages": 2,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emo_kernels.triton.activation import activate
+from emo_kernels.triton.launch import interpreting
 from emo_kernels.triton.normalize import load_channels, normalize
 
 
@@ -53,7 +54,6 @@ class Windows(NamedTuple):
         return {"H": h, "W": w, **self._asdict(), "WIDE": h * w * channels >= 2**31}
 
 
-LARGEST_TILE = 128  # tokens of a window whose score matrix fits into registers
 GRIDS = {"grid": (True,), "block": (False,), "both": (True, False)}
 
 
@@ -65,6 +65,16 @@ def head_block(head_dim: int) -> int:
 def softmax_scale(head_dim: int) -> float:
     """exp(score / sqrt(head_dim)) is exp2(score * scale)."""
     return math.log2(math.e) * head_dim**-0.5
+
+
+def one_tile(x: Tensor, windows: Windows, head_dim: int, values: int) -> bool:
+    """Whether the score matrix of a window fits into registers, with heads of ``values`` channels.
+
+    fp32 operands of a dot live in registers too, where 16-bit ones come from shared memory.
+    """
+    if x.element_size() == 2 or interpreting():
+        return windows.tokens <= 128
+    return windows.tokens <= 64 and max(head_dim, values) <= 32
 
 
 def heads_per_program(windows: int, heads: int) -> int:
@@ -214,3 +224,10 @@ def queries_and_keys(
         q += load_channels(qk_bias_ptr, offs_q, mask_d, 0.0)[None, :]
         k += load_channels(qk_bias_ptr, C + offs_q, mask_d, 0.0)[None, :]
     return q.to(dtype), k.to(dtype)
+
+
+@triton.jit
+def score_tile(q, k, inside, PRECISION: tl.constexpr):
+    """q k^T, not scaled; -inf at keys behind the window."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    return tl.where(inside[None, :], scores, float("-inf"))
