@@ -142,6 +142,16 @@ def largest(array: np.ndarray) -> float:
     return float(np.abs(array).max(initial=0.0))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inference_on_the_same_kernels(
+    backend: str, mode: Callable[[], Any], autocast: bool, x: Tensor
+) -> None:
+    plain, fast = twins(nn.Sequential(small("conv"), small("attention_pre")).eval(), backend)
+    with mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        assert relative(fast(x), plain(x)) < (2e-2 if autocast else 1e-5)
+
+
 @pytest.mark.parametrize("momentum", [None, 0.0, 1.0])
 def test_momentum(backend: str, momentum: float | None, x: Tensor) -> None:
     block = small("conv")
@@ -402,6 +412,39 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         out = model(x)
     assert out.shape == (x.shape[0], 1000)
     return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.slow
+def test_two_steps_of_emo_1m(backend: str) -> None:
+    """Loss, every gradient and every statistic of two SGD steps, against plain PyTorch in fp64."""
+    torch.manual_seed(0)
+    device = device_of(backend)
+    exact = ek.create_model("emo_1m", num_classes=10, drop_path_rate=0.0).train().double()
+    plain = copy.deepcopy(exact).float().to(device)
+    fast = ek.accelerate(copy.deepcopy(plain), backend=backend)
+    exact.to(device)
+    images = torch.randn(2, 4, 3, 32, 32, device=device)
+    labels = torch.tensor([1, 5, 2, 9], device=device)
+
+    def two_steps(model: nn.Module) -> dict[str, Tensor]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        results = {}
+        for number, x in enumerate(images):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x.to(next(model.parameters()).dtype)), labels)
+            loss.backward()
+            results[f"loss {number}"] = loss.detach()
+            results |= {f"{n} {number}": p.grad.clone() for n, p in model.named_parameters()}
+            optimizer.step()
+        return results | {n: b.clone() for n, b in model.named_buffers()}
+
+    want, eager, got = (two_steps(model) for model in (exact, plain, fast))
+    for name, expected in want.items():
+        if "qk.conv.bias" in name or name.startswith("stage0.0.convs.0.0.bias"):
+            continue  # all or half of it has no influence: noise
+        scale = float(expected.double().norm())
+        errors = [float((t[name].double() - expected.double()).norm()) for t in (got, eager)]
+        assert errors[0] <= 4 * errors[1] + 1e-5 * scale, f"{name}: {errors} of {scale:.2e}"
 
 
 def test_explain_names_the_training_backend(backend: str) -> None:
