@@ -350,13 +350,16 @@ def test_double_backward_is_pytorchs(backend: str, x: Tensor) -> None:
     assert relative(seconds[1], seconds[0]) < 1e-4
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", ["conv_layer_norm_se", "attention_both_pre"])
 def test_compiled(backend: str, kind: str, compiler: str, x: Tensor, steps: list[str]) -> None:
     plain, fast = twins(small(kind), backend)
     torch._dynamo.reset()
     compiled = torch.compile(fast, fullgraph=True, backend=compiler)
-    assert_same_step(plain, compiled._orig_mod if False else _Named(compiled, fast), x)
+    assert_same_step(plain, _Named(compiled, fast), x)
     assert steps == [backend]
 
 
