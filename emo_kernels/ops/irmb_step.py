@@ -173,18 +173,18 @@ class Step:
         return expand_forward(s, *tensors, *options)
 
     def _excite(self, means: Tensor, w: IRMBWeights) -> Tensor:
-        """gate = sigmoid(W2 act(W1 means + b1) + b2), (N, M)."""
-        dtype = means.dtype
+        """gate = sigmoid(W2 act(W1 means + b1) + b2), (N, M).
+
+        In fp64: a few numbers an image, which must not depend on how many images there are.
+        """
 
         def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
             assert weight is not None
-            return F.linear(
-                x, weight.to(dtype).flatten(1), None if bias is None else bias.to(dtype)
-            )
+            return F.linear(x, weight.double().flatten(1), None if bias is None else bias.double())
 
-        hidden = linear(means, w.se_reduce_weight, w.se_reduce_bias)
+        hidden = linear(means.double(), w.se_reduce_weight, w.se_reduce_bias)
         hidden = _ACTIVATIONS[self.spec.act](hidden)
-        return linear(hidden, w.se_expand_weight, w.se_expand_bias).sigmoid()
+        return linear(hidden, w.se_expand_weight, w.se_expand_bias).sigmoid().to(means.dtype)
 
     # ------------------------------------------------------------------------------- backward
 

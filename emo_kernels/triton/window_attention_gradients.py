@@ -232,8 +232,8 @@ def _window_attention_bwd_weight_kernel(
     BLOCK_P: tl.constexpr,
 ):
     share = tl.program_id(2).to(tl.int64)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < 2 * C, offs_n < C
     dtype = x_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -264,7 +264,7 @@ def _window_attention_bwd_weight_kernel(
         bias += tl.sum(dqk.to(tl.float32), 0)
     at = weight_partials_ptr + (share * (2 * C) + offs_m[:, None]) * C + offs_n[None, :]
     tl.store(at, acc, mask=mask_m[:, None] & mask_n[None, :])
-    if tl.program_id(1) == 0:
+    if tl.program_id(1).to(tl.int64) == 0:
         tl.store(bias_partials_ptr + share * C + offs_m, bias, mask=offs_m < C)
 
 

@@ -139,13 +139,13 @@ def _window_attention_large_fwd_kernel(
     BLOCK_V: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    window, head = pid // blocks, tl.program_id(1)
+    window, head = pid // blocks, tl.program_id(1).to(tl.int64)
     first_pixel = window // (n1 * n2) * H * W  # of the image
     qk_ptr += first_pixel * QK
     v_ptr += first_pixel * M
     out_ptr += first_pixel * M
     VALUES: tl.constexpr = M // (C // D)
-    offs_v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_v = tl.program_id(2).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_v = offs_v < VALUES
     offs_v += head * VALUES
     offs_d = tl.arange(0, BLOCK_D)

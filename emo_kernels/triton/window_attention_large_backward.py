@@ -99,7 +99,7 @@ def _window_attention_large_bwd_query_kernel(
     BLOCK_V: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    window, head = pid // blocks, tl.program_id(1)
+    window, head = pid // blocks, tl.program_id(1).to(tl.int64)
     first_pixel = window // (n1 * n2) * H * W  # of the image
     qk_ptr += first_pixel * QK
     v_ptr += first_pixel * M
@@ -200,7 +200,7 @@ def _window_attention_large_bwd_key_kernel(
     BLOCK_V: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    window, head = pid // blocks, tl.program_id(1)
+    window, head = pid // blocks, tl.program_id(1).to(tl.int64)
     first_pixel = window // (n1 * n2) * H * W  # of the image
     qk_ptr += first_pixel * QK
     v_ptr += first_pixel * M
@@ -283,14 +283,14 @@ def _window_attention_large_bwd_value_kernel(
     BLOCK_V: tl.constexpr,
 ):
     pid = tl.program_id(0).to(tl.int64)
-    window, head = pid // blocks, tl.program_id(1)
+    window, head = pid // blocks, tl.program_id(1).to(tl.int64)
     first_pixel = window // (n1 * n2) * H * W  # of the image
     qk_ptr += first_pixel * QK
     grad_ptr += first_pixel * M
     dv_ptr += first_pixel * M
     heads: tl.constexpr = C // D
     VALUES: tl.constexpr = M // heads
-    offs_v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_v = tl.program_id(2).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_v = offs_v < VALUES
     offs_v += head * VALUES
     offs_d = tl.arange(0, BLOCK_D)
