@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import shapes
 import torch
 from block_kinds import DOUBLE, KINDS, randomise, relative
 from cases import irmb_case
-from grid import device_of, implementing
+from grid import DTYPE_NAMES, device_of, implementing, slow_motion
 from numerics import Case, check_operator
 from shapes import Row
 from torch import Tensor
@@ -33,6 +35,9 @@ FEW = shapes.rows(
     "block_windows", "both_windows", "post_expansion", "no_skip", "attention_and_excite",
     "unexpanded", "1m_stage0_small", "dilated", "batch_5", "ragged_c21", "v2_5m_stage1_small",
 )  # fmt: skip
+
+
+SIXTEEN_BITS = ("no_skip", "1m_stage0_small", "ragged_c21", "batch_5")
 
 
 def training_case(row: Row) -> Case:
@@ -92,10 +97,18 @@ def test_the_composition_is_right(row: Row, which: str) -> None:
     check_operator(kernels("reference", batch), plain(batch), case, torch.float64, name=row.name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("which", ["batch", "known"])
-@pytest.mark.parametrize("row", FEW, ids=str)
-@pytest.mark.parametrize("backend", KERNELS)
+def steps_on_kernels() -> Iterator[Any]:
+    """In fp32 with the batch's statistics by default; what an interpreter has no time for, slow."""
+    for backend, row, which, dtype in product(
+        KERNELS, FEW, ("batch", "known"), (torch.float32, torch.bfloat16, torch.float16)
+    ):
+        default = which == "batch" and (dtype == torch.float32 or row.name in SIXTEEN_BITS)
+        marks = [] if default or not slow_motion(backend) else [pytest.mark.slow]
+        label = f"{backend}-{row.name}-{which}-{DTYPE_NAMES[dtype]}"
+        yield pytest.param(backend, row, which, dtype, id=label, marks=marks)
+
+
+@pytest.mark.parametrize(("backend", "row", "which", "dtype"), list(steps_on_kernels()))
 def test_a_step_on_kernels(backend: str, row: Row, which: str, dtype: torch.dtype) -> None:
     weights = IRMBWeights._make(w if w is None else w.to(dtype) for w in shapes.weights(row))
     x = shapes.feature_map(row).to(dtype)
