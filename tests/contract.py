@@ -35,7 +35,7 @@ from torch import Tensor
 
 from emo_kernels import backends, ops, reference
 
-FEW_NUMBERS, ENOUGH = 8, 32
+FEW_NUMBERS, ENOUGH = 8, 16
 MAP_LAYOUTS = [name for name in memory.VALUE_LAYOUTS if name != "contiguous"]
 GRAD_LAYOUTS = [name for name in memory.LAYOUTS if name != "contiguous"]
 HARD_DATA = ("offset1000", "tiny", "large", "constant_channels", "sharp", "sharper")

@@ -98,9 +98,9 @@ class Share(NamedTuple):
     heavy: int
 
 
-ITS_OWN = Share(100_000, 20_000_000)  # the rows that differ for the operator
-NAMED = Share(30_000, 4_000_000)  # rows that a test names, to repeat them in many ways
-WHOLE_BLOCKS = Share(0, 300_000)  # five operators each, which have their own tests
+ITS_OWN = Share(100_000, 6_000_000)  # the rows that differ for the operator
+NAMED = Share(30_000, 300_000)  # rows that a test names, to repeat them in many ways
+WHOLE_BLOCKS = Share(0, 150_000)  # five operators each, which have their own tests
 
 
 def share_of(operator: str, grid: Grid) -> Share:
