@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "the main job: a photograph, then a training run, plain against accelerated",
     "explain": "which backend runs each block of a model, and why not another",
     "bench": "time whole models, plain against accelerated",
+    "tune": "search launch parameters of the Triton kernels for this GPU",
     "profile": "where the time of a model goes, plain and accelerated",
     "check": "a 20-second self-test of every backend on this machine",
     "convert": "convert a checkpoint between .pth and .safetensors and between key layouts",

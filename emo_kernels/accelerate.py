@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from emo_kernels import backends, ops, reference
+from emo_kernels.link import Link
 from emo_kernels.ops.bound import BoundBlock, can_bind
 from emo_kernels.ops.registration import needs_gradient, runs_standard_operators
 from emo_kernels.spec import IRMBSpec, IRMBWeights
 from emo_kernels.structure import Reading, UnreadableError, has_global_hooks, looks_like_irmb
+from emo_kernels.train_block import train
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> nn.Module:
@@ -21,9 +23,10 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
 
     Blocks are found by structure: this library's, the published class pasted into any code base,
     and subclasses. A block is swapped only if its own forward agrees with the reference on a probe
-    input. Weights, buffers, hooks, ``state_dict``, copies, pickles and training stay as they are;
-    each call reads the weights as they are then. Calls that no kernel covers (training where no
-    backend has training kernels, autocast, tracing, export) run the block's own forward.
+    input. Weights, buffers, hooks, ``state_dict``, copies and pickles stay as they are; each call
+    reads the weights as they are then, and moves running statistics as the block does. Calls that
+    no kernel covers (training and autocast where no backend has training kernels, dropout, tracing,
+    export) run the block's own forward.
 
     Args:
         model: any module; blocks at every depth are found.
@@ -116,10 +119,11 @@ class AcceleratedForward:
         self.backend = backend
         self.previous = block.__dict__.get("forward")
         self._reading: Reading | None = None
+        self._link = Link()
         self._bound: tuple[tuple[str | None, IRMBSpec], BoundBlock] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None, "_bound": None}
+        return {**self.__dict__, "_reading": None, "_bound": None, "_link": Link()}
 
     def reading(self) -> Reading:
         """What the block is now."""
@@ -139,9 +143,14 @@ class AcceleratedForward:
             reading = self.reading()
         except UnreadableError:
             return own_forward(self.block, x)
-        if reading.batch_dependent or torch.is_autocast_enabled(x.device.type):
-            return own_forward(self.block, x)
         weights = reading.weights()
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if reading.batch_dependent or autocast or needs_gradient((x, *weights)):
+            out = train(x, weights, reading, backends.requested(self.backend), self._link)
+            if out is not None:
+                return out
+            if reading.batch_dependent or autocast:
+                return own_forward(self.block, x)
         if torch.is_grad_enabled() or not eager or runs_standard_operators(x):
             return self._call(x, weights, reading.spec)
         choice = (backends.requested(self.backend), reading.spec)
@@ -224,7 +233,8 @@ def _probe(block: nn.Module, weights: IRMBWeights, spec: IRMBSpec) -> str | None
     finally:
         for module, training in modes:
             module.training = training
-    found = reference.irmb(x, weights, spec)
+    untracked = (weights.norm_mean is None, weights.bn_mean is None)
+    found = reference.irmb(x, weights, spec, batch_statistics=untracked)
     limit = max(1e-4, 8 * torch.finfo(x.dtype).eps)
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
         return "its forward returns something else than the published block"

@@ -4,10 +4,10 @@ A backend is a namespace (``emo_kernels.reference``, ``.cpu``, ``.triton``, ``.c
 functions carry the operators' names. ``<operator>`` runs it, ``<operator>_unsupported`` (same
 arguments) says why a call is outside its limits, ``<operator>_backward`` is its gradient kernel,
 ``<operator>_bind`` settles a call that eager inference will repeat; what a namespace lacks, it does
-not support. ``irmb_training`` is composed in ``ops`` of the other kernels: a namespace that has
-them all declares it by ``irmb_training_unsupported`` alone. A backend is chosen once, at the top of
-a call, and travels down as a string; one asked for by name is obeyed or raises, only ``None`` may
-choose.
+not support. A whole block may be composed in ``ops`` of a namespace's other kernels, which declares
+that by ``irmb_unsupported`` and ``irmb_training_unsupported`` alone. A backend is chosen once, at
+the top of a call, and travels down as a string; one asked for by name is obeyed or raises, only
+``None`` may choose.
 """
 
 from __future__ import annotations
@@ -123,6 +123,12 @@ def _has(name: str, operator: str) -> bool:
         _namespaces[name] = importlib.import_module(f"emo_kernels.{name}")
     namespace = _namespaces[name]
     return hasattr(namespace, operator) or hasattr(namespace, f"{operator}_unsupported")
+
+
+@constant_under_compile
+def composes(name: str, operator: str) -> bool:
+    """Whether backend ``name`` runs ``operator`` by its other kernels, composed in ``ops``."""
+    return has(name, operator) and not hasattr(_namespaces[name], operator)
 
 
 def function(name: str, operator: str) -> Callable[..., Any]:

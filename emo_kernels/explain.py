@@ -111,7 +111,7 @@ def _row(path: str, block: nn.Module, x: Tensor | None) -> Row:
     if x is None:
         x = sample_input(weights, spec)
     inference, reasons = _choose("irmb", forward.backend, x, weights, spec)
-    training, training_reasons = _choose("irmb_training", None, x, weights, spec)
+    training, training_reasons = _choose("irmb_training", forward.backend, x, weights, spec)
     return Row(path, "irmb", shape, inference, training, reasons, training_reasons)
 
 

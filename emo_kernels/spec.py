@@ -118,14 +118,14 @@ class BatchNormMode(NamedTuple):
     process_group: Any = None
 
 
-def training_limits(weights: IRMBWeights, spec: IRMBSpec) -> str | None:
-    """Why the training kernels of no backend make up this block, or ``None``."""
+def composition_limits(weights: IRMBWeights, spec: IRMBSpec) -> str | None:
+    """Why the operators' kernels, of whatever backend, do not make up this block, or ``None``."""
     if weights.dw_weight is None:
-        return "no training kernels for a block without a depthwise convolution"
+        return "no kernels for a block without a depthwise convolution"
     if spec.head_dim and spec.op_order == "conv_attn":
-        return "no training kernels for attention behind the convolution (op_order 'conv_attn')"
+        return "no kernels for attention behind the convolution (op_order 'conv_attn')"
     if spec.norm != "none" and not spec.head_dim and weights.v_weight is None:
-        return "no training kernels for a norm in front of neither attention nor expansion"
+        return "no kernels for a norm in front of neither attention nor expansion"
     return None
 
 

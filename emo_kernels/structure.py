@@ -54,6 +54,9 @@ class Reading:
         spec: the switches.
         batch_dependent: why the block does not compute as in inference now (batch statistics,
             dropout), or ``None`` if it does.
+        dropout: why no kernel computes what it does now, or ``None``.
+        norm, bn: the batch norms in front of the block and behind its convolution.
+        drop_path: its stochastic depth, where active.
 
     Raises:
         UnreadableError: a part is missing, of an unknown class, or hooked.
@@ -64,6 +67,10 @@ class Reading:
         self._hooks: list[dict[int, Any]] = []
         self._tensors: list[tuple[dict[str, Any], str] | None] = []
         self.batch_dependent: str | None = None
+        self.dropout: str | None = None
+        self.norm: nn.Module | None = None
+        self.bn: nn.Module | None = None
+        self.drop_path: nn.Module | None = None
         try:
             self.spec = self._read(block)
         except (AttributeError, KeyError, TypeError) as error:
@@ -145,6 +152,7 @@ class Reading:
             return {"norm": "none"}
         if type(norm) in _BATCH_NORMS:
             self._read_batch_norm(norm)
+            self.norm = norm
             return {"norm": "batch", "norm_eps": self._attribute(norm, "eps")}
         inner = norm if isinstance(norm, nn.LayerNorm) else self._child(norm, "norm.norm", "norm")
         if not isinstance(inner, nn.LayerNorm):
@@ -209,6 +217,7 @@ class Reading:
             _refuse("conv_local.conv has a bias or pads with something else than zeros")
         self._parameters(conv, "weight")
         self._read_batch_norm(norm)
+        self.bn = norm
         sizes = {}
         for name in ("kernel_size", "stride", "padding", "dilation"):
             pair = self._attribute(conv, name)
@@ -243,6 +252,10 @@ class Reading:
             rate = self._attribute(drop, "p" if hasattr(drop, "p") else "drop_prob")
             if self._attribute(drop, "training") and rate:
                 self.batch_dependent = f"{name} is active"
+                if type(drop).__name__ == "DropPath":
+                    self.drop_path = drop
+                else:
+                    self.dropout = self.batch_dependent
 
     def _read_conv(self, layer: nn.Module, path: str, name: str) -> Any:
         conv = self._child(layer, f"{path}.{name}", name)

@@ -18,7 +18,7 @@ from emo_kernels import backends, reference
 from emo_kernels.nn import iRMB
 from emo_kernels.ops.irmb_step import Plan
 from emo_kernels.ops.irmb_training import irmb_training
-from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights, training_limits
+from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights, composition_limits
 from emo_kernels.structure import Reading
 
 STATISTICS = {"batch": (True, True), "known": (False, False), "mixed": (False, True)}
@@ -26,12 +26,12 @@ KERNELS = implementing("irmb_training")
 ROWS = [
     row
     for row in shapes.SWITCHES + shapes.ODD
-    if training_limits(shapes.weights(row), row.spec()) is None and row.n > 0
+    if composition_limits(shapes.weights(row), row.spec()) is None and row.n > 0
 ]
 # Between them every path of the composition; small enough for an interpreter.
 FEW = shapes.rows(
     "block_windows", "both_windows", "post_expansion", "no_skip", "attention_and_excite",
-    "unexpanded", "excite_with_skip", "dilated", "batch_5", "ragged_c21", "v2_5m_stage1_small",
+    "unexpanded", "1m_stage0_small", "dilated", "batch_5", "ragged_c21", "v2_5m_stage1_small",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ LAYERS = (
     ("backends",),
     ("ops",),
     ("nn",),
-    ("structure", "integrations", "models", "explain", "accelerate"),
+    ("structure", "train_block", "integrations", "models", "explain", "accelerate"),
     ("cli", "__main__", "__init__"),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -2,11 +2,13 @@
 
 The plain model is timed in both memory formats; the speed-up is over the faster one. `match` holds
 the accelerated logits against the plain ones by the tolerance rule, with an fp64 oracle.
+`--resources` times nothing: it compiles the Triton kernels for GPUs that need not be here.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from typing import Any
 
 import torch
@@ -36,11 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=("infer",), default="infer")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing for one row")
     add_runtime(parser)
+    group = parser.add_argument_group("compiling for absent GPUs")
+    group.add_argument("--resources", action="store_true", help="compile the kernels, time nothing")
+    group.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], metavar="SM")
+    group.add_argument(
+        "--blocks", nargs="+", metavar="PATH", help="such as stage3.1 (default: all)"
+    )
+    group.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of maps")
+    group.add_argument("--frozen", action="store_true", help="batch norms do not see the batch")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one row for each model and batch size; 1 if any does not match."""
+    if args.resources:
+        return importlib.import_module("emo_kernels.cli.resources").run(args)  # needs triton
     device = use_runtime(args)
     results = []
     for name in args.models:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from emo_kernels.backends import available_backends
+from emo_kernels.backends import available_backends, only_by_name
 from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.check_cases import CASES, Case
 from emo_kernels.cli.info import one_line
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 if a row failed."""
-    backends = available_backends()
+    backends = {n: reason or only_by_name(n) for n, reason in available_backends().items()}
     usable = [name for name, reason in backends.items() if reason is None]
     tasks: list[Callable[[], Row]] = [
         *(partial(_check_operator, name, case) for name in usable for case in CASES),

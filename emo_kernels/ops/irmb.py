@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emo_kernels import backends
 from emo_kernels.ops import checks
+from emo_kernels.ops.irmb_step import ALONE, Plan, Step
 from emo_kernels.ops.registration import Operator, Options, Tensors
 from emo_kernels.ops.window_attention import check_heads
 from emo_kernels.spec import (
@@ -17,6 +19,7 @@ from emo_kernels.spec import (
     NORMS,
     OP_ORDERS,
     WINDOW_MODES,
+    BatchNormMode,
     IRMBSpec,
     IRMBWeights,
     conv_output_size,
@@ -50,6 +53,13 @@ class _BlockOperator(Operator):
 
     def tensors(self, args: Sequence[Any]) -> Tensors:
         return (args[0], *args[1])
+
+    def _run(self, *args: Any) -> Tensor:
+        if not backends.composes(args[-1], self.name):
+            return super()._run(*args)
+        (x, weights, spec), _ = self.from_schema(args[:-1])
+        plan = Plan(spec, BatchNormMode(), BatchNormMode(), args[-1])
+        return Step(plan, weights, None).forward(x, ALONE)[0]
 
     def replace(self, args: Sequence[Any], tensors: Tensors) -> tuple[Any, ...]:
         return (tensors[0], list(tensors[1:]), *args[2:])

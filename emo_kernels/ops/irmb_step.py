@@ -20,6 +20,7 @@ from emo_kernels.ops.expand import backward as expand_backward
 from emo_kernels.ops.expand import forward as expand_forward
 from emo_kernels.ops.shrink import backward as shrink_backward
 from emo_kernels.ops.shrink import forward as shrink_forward
+from emo_kernels.ops.shrink import statistics as shrink_statistics
 from emo_kernels.ops.squeeze import squeeze, squeeze_backward
 from emo_kernels.ops.window_attention import backward as window_attention_backward
 from emo_kernels.ops.window_attention import forward as window_attention_forward
@@ -38,12 +39,31 @@ class Plan(NamedTuple):
         spec: the block's switches.
         norm, bn: how the batch norms in front of the block and behind its convolution run.
         backend: whose kernels run it.
+        adds_residual: whether a block with skips adds its input, or leaves that to the caller.
     """
 
     spec: IRMBSpec
     norm: BatchNormMode
     bn: BatchNormMode
     backend: str
+    adds_residual: bool = True
+
+
+class Neighbours(NamedTuple):
+    """What the blocks before and behind save one another: a pass over the map between them.
+
+    Attributes:
+        sums: (2, C), float64, of x around the running mean of the batch norm in front.
+        next_sums: whether the batch norm that reads the output wants such sums of it,
+        next_pivot: (O,), around its own running mean.
+    """
+
+    sums: Tensor | None = None
+    next_sums: bool = False
+    next_pivot: Tensor | None = None
+
+
+ALONE = Neighbours()
 
 
 class Maps(NamedTuple):
@@ -69,19 +89,20 @@ class Step:
         self.attends_over_v = self.attends and not spec.attn_pre and weights.v_weight is not None
         self.expands = weights.v_weight is not None and not self.attends_over_v
         self.conv = (spec.stride, spec.padding, spec.dilation, plan.backend)
-        self.proj: Any = weights.proj_weight
+        assert weights.proj_weight is not None
+        self.proj = weights.proj_weight
         if weights.gamma is not None:
             gamma = weights.gamma.to(torch.promote_types(weights.gamma.dtype, torch.float32))
             self.proj = gamma.reshape(-1, 1, 1, 1) * self.proj
 
     # -------------------------------------------------------------------------------- forward
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Maps]:
-        """The block's output and what its gradient needs."""
+    def forward(self, x: Tensor, known: Neighbours) -> tuple[Tensor, Tensor | None, Maps]:
+        """The block's output, its sums where the next block wants them, and the kept maps."""
         w, spec, plan = self.weights, self.spec, self.plan
         norm = None
         if spec.norm == "batch":
-            norm = self._normalize_input(x)
+            norm = self._normalize_input(x, known.sums)
         s = self._attend(x, norm)
         e = self._expand(s, norm)
         parameters = (w.bn_weight, w.bn_bias, w.bn_mean, w.bn_var)
@@ -96,18 +117,21 @@ class Step:
         if w.se_reduce_weight is not None:
             means = squeeze(y, scale, shift, self.backend)
             gate = self._excite(means, w)
-        local, residual = (e, x) if spec.skip else (None, None)
-        out = shrink_forward(
-            y, self.proj, scale, shift, local, residual, gate, self.drop_scale, self.backend
-        )
-        return out, Maps(s, e, y, norm, bn, means)
+        local = e if spec.skip else None
+        residual = x if spec.skip and plan.adds_residual else None
+        tensors = (y, self.proj, scale, shift, local, residual, gate, self.drop_scale)
+        maps = Maps(s, e, y, norm, bn, means)
+        if known.next_sums:
+            return *shrink_statistics(*tensors, known.next_pivot, self.backend), maps
+        return shrink_forward(*tensors, self.backend), None, maps
 
-    def _normalize_input(self, x: Tensor) -> Statistics:
+    def _normalize_input(self, x: Tensor, sums: Tensor | None) -> Statistics:
         w, spec, mode = self.weights, self.spec, self.plan.norm
         parameters = (w.norm_weight, w.norm_bias, w.norm_mean, w.norm_var)
         if not mode.batch_statistics:
             return batch_norm.known(x, parameters, spec.norm_eps)
-        sums = batch_norm.sums(x, w.norm_mean, self.backend)
+        if sums is None:
+            sums = batch_norm.sums(x, w.norm_mean, self.backend)
         return batch_norm.measured(sums, x, parameters, spec.norm_eps, mode, self.backend)
 
     def _norm_arguments(self, norm: Statistics | None) -> tuple[Any, Any, str, float]:
@@ -171,7 +195,7 @@ class Step:
         spec, norm = self.spec, maps.norm
         grads: dict[str, Any] = {}
         dz, local_grad = self._shrink_backward(grad, maps, wants, grads)
-        residual = grad if spec.skip else None
+        residual = grad if spec.skip and self.plan.adds_residual else None
         below = x_needed or bool(wants & _BELOW_THE_CONVOLUTION)
         dx = self._convolve_backward(dz, maps, local_grad, below, wants, grads)
         # The norm's affine map and the residual belong to the operator that reads x.

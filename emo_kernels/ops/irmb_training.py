@@ -15,9 +15,9 @@ from torch import Tensor
 
 from emo_kernels import backends
 from emo_kernels.ops.batch_norm import Statistics
-from emo_kernels.ops.irmb_step import Maps, Plan, Step, spread
-from emo_kernels.ops.registration import needs_gradient
-from emo_kernels.spec import IRMBWeights
+from emo_kernels.ops.irmb_step import ALONE, Maps, Neighbours, Plan, Step, spread
+from emo_kernels.ops.registration import define_composite, needs_gradient
+from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights
 
 
 class _Block(torch.autograd.Function):
@@ -25,55 +25,78 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, x: Tensor, drop_scale: Tensor | None, *weights: Tensor | None
-    ) -> Tensor:
+        ctx: Any,
+        plan: Plan,
+        known: Neighbours,
+        x: Tensor,
+        drop_scale: Tensor | None,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         step = Step(plan, IRMBWeights._make(weights), drop_scale)
-        out, maps = step.forward(x)
+        out, sums, maps = step.forward(x, known)
         ctx.plan = plan
+        if sums is not None:
+            ctx.mark_non_differentiable(sums)
         ctx.pixels = [s and s.pixels for s in (maps.norm, maps.bn)]
         statistics = [(None, None) if s is None else s[::2] for s in (maps.norm, maps.bn)]
         s, e = (None if t is x else t for t in (maps.s, maps.e))
         e = None if maps.e is maps.s else e
         kept = (x, s, e, maps.y, maps.means, *statistics[0], *statistics[1], drop_scale)
-        ctx.save_for_backward(*kept, *weights)
-        return out
+        ctx.save_for_backward(*kept, *_unmoved(plan, step.weights))
+        return out, sums
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
         x, s, e, y, means, *saved = ctx.saved_tensors
         norm_affine, norm_total, affine, total, drop_scale, *tensors = saved
         weights = IRMBWeights._make(tensors)
         if torch.is_grad_enabled():
             grads = _differentiable(ctx, grad, x, drop_scale, weights)
-            return (None, *grads)
+            return (None, None, *grads)
         s = x if s is None else s
         norm = None if norm_affine is None else Statistics(norm_affine, ctx.pixels[0], norm_total)
         bn = Statistics(affine, ctx.pixels[1], total)
         maps = Maps(s, s if e is None else e, y, norm, bn, means)
         names = ("x", "drop_scale", *IRMBWeights._fields)
         inputs = (x, drop_scale, *weights)
-        needed = ctx.needs_input_grad[1:]
+        needed = ctx.needs_input_grad[2:]
         wants = {n for n, is_needed in zip(names, needed, strict=True) if is_needed}
         step = Step(ctx.plan, weights, drop_scale)
         found = step.backward(grad, x, maps, needed[0], wants)
-        return None, *(
-            _match(found.get(name), like) if name in wants else None
-            for name, like in zip(names, inputs, strict=True)
+        return (
+            None,
+            None,
+            *(
+                _match(found.get(name), like) if name in wants else None
+                for name, like in zip(names, inputs, strict=True)
+            ),
         )
 
 
+def _unmoved(plan: Plan, weights: IRMBWeights) -> IRMBWeights:
+    """Without the running statistics that steps move: a later one may come before our gradient."""
+    for mode, norm in ((plan.norm, "norm"), (plan.bn, "bn")):
+        if mode.batch_statistics:
+            weights = weights._replace(**{f"{norm}_mean": None, f"{norm}_var": None})
+    return weights
+
+
 def _match(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """The gradient in the dtype and shape of what it belongs to."""
+    """The gradient in the dtype, shape and strides of what it belongs to."""
     if grad is None or like is None:
         return grad
-    return grad.to(like.dtype).reshape(like.shape)
+    grad = grad.to(like.dtype).reshape(like.shape)
+    strides = zip(grad.shape, grad.stride(), like.stride(), strict=True)
+    if all(size == 1 or ours == theirs for size, ours, theirs in strides):
+        return grad.as_strided(like.shape, like.stride())  # DistributedDataParallel compares all
+    return grad
 
 
 def _differentiable(
     ctx: Any, grad: Tensor, x: Tensor, drop_scale: Tensor | None, weights: IRMBWeights
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated: through the reference composition."""
-    plan, needed = ctx.plan, ctx.needs_input_grad[1:]
+    plan, needed = ctx.plan, ctx.needs_input_grad[2:]
     if plan.norm.process_group is not None or plan.bn.process_group is not None:
         raise NotImplementedError(
             "irmb_training: a block whose batch norms span processes has no double backward; "
@@ -111,6 +134,48 @@ def irmb_training(
     Raises:
         ValueError: a batch norm has one value for each channel.
     """
+    if torch.compiler.is_compiling():
+        return _traced(x, weights, plan, drop_scale)
+    return irmb_training_among(x, weights, plan, drop_scale, ALONE)[0]
+
+
+def irmb_training_among(
+    x: Tensor, weights: IRMBWeights, plan: Plan, drop_scale: Tensor | None, known: Neighbours
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`irmb_training`, and the sums of the output that ``known`` asks for; never traced."""
     if needs_gradient((x, drop_scale, *weights)):
-        return _Block.apply(plan, x, drop_scale, *weights)
-    return Step(plan, weights, drop_scale).forward(x)[0]
+        return _Block.apply(plan, known, x, drop_scale, *weights)
+    return Step(plan, weights, drop_scale).forward(x, known)[:2]
+
+
+# What a compiled graph holds of a step: plain arguments, and the buffers that it moves by name.
+_MOVED = ("norm_mean", "norm_var", "bn_mean", "bn_var")
+
+
+def _traced(x: Tensor, weights: IRMBWeights, plan: Plan, drop_scale: Tensor | None) -> Tensor:
+    modes = [value for mode in (plan.norm, plan.bn) for value in mode[:2]]
+    moved = [getattr(weights, name) for name in _MOVED]
+    fixed = weights._replace(**dict.fromkeys(_MOVED))
+    options = (*plan.spec, *modes, plan.adds_residual, plan.backend)
+    return _composite(x, list(fixed), drop_scale, *moved, *options)
+
+
+def _from_schema(
+    x: Tensor, weights: list[Tensor | None], drop_scale: Tensor | None, *rest: Any
+) -> Tensor:
+    moved, options = rest[:4], rest[4:]
+    spec, modes = IRMBSpec._make(options[: len(IRMBSpec._fields)]), options[len(IRMBSpec._fields) :]
+    norm, bn = BatchNormMode(*modes[:2]), BatchNormMode(*modes[2:4])
+    tensors = IRMBWeights._make(weights)._replace(**dict(zip(_MOVED, moved, strict=True)))
+    plan = Plan(spec, norm, bn, modes[5], modes[4])
+    return irmb_training_among(x, tensors, plan, drop_scale, ALONE)[0]
+
+
+_composite = define_composite(
+    "irmb_training(Tensor x, Tensor?[] weights, Tensor? drop_scale, Tensor(a!)? norm_mean, "
+    "Tensor(b!)? norm_var, Tensor(c!)? bn_mean, Tensor(d!)? bn_var, "
+    + ", ".join(f"{type(value).__name__} {name}" for name, value in IRMBSpec()._asdict().items())
+    + ", bool norm_batch, float norm_momentum, bool bn_batch, float bn_momentum, "
+    "bool adds_residual, str backend) -> Tensor",
+    _from_schema,
+)

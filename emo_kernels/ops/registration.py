@@ -37,6 +37,14 @@ def define_eager(schema: str, run: Callable[..., Tensor]) -> Callable[..., Tenso
     return call
 
 
+def define_composite(schema: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A torch op that stands for ``run`` where a call is traced, and falls apart into its parts."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, "CompositeImplicitAutograd")
+    return getattr(torch.ops.emo_kernels, name).default
+
+
 def define_kernel(
     name: str, tensors: str, options: str, returns: str, fake: Callable[..., Any]
 ) -> Callable[..., Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from emo_kernels.ops import checks
-from emo_kernels.ops.registration import Operator
+from emo_kernels.ops.registration import Operator, define_kernel, empty_map
 
 
 def _output_shape(y: Tensor, weight: Tensor, *_: Tensor | None) -> tuple[int, ...]:
@@ -24,6 +25,21 @@ _operator = Operator(
     identity_at=5,
 )
 forward, backward = _operator.op, _operator.backward_op
+
+
+def _statistics(y: Tensor, weight: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    out = empty_map(y, _output_shape(y, weight))
+    return out, y.new_empty((2, weight.shape[0]), dtype=torch.float64)
+
+
+statistics = define_kernel(
+    "shrink_statistics",
+    "Tensor y, Tensor weight, Tensor? scale, Tensor? shift, Tensor? local, Tensor? residual, "
+    "Tensor? gate, Tensor? drop_scale, Tensor? pivot",
+    "",
+    "(Tensor, Tensor)",
+    _statistics,
+)
 
 
 def shrink(

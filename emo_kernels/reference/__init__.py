@@ -19,7 +19,7 @@ from emo_kernels.reference.depthwise_conv2d import (
 )
 from emo_kernels.reference.expand import expand, expand_backward
 from emo_kernels.reference.irmb import irmb
-from emo_kernels.reference.shrink import shrink, shrink_backward
+from emo_kernels.reference.shrink import shrink, shrink_backward, shrink_statistics
 from emo_kernels.reference.squeeze import squeeze, squeeze_backward
 from emo_kernels.reference.window_attention import window_attention, window_attention_backward
 
@@ -36,6 +36,7 @@ __all__ = [
     "irmb",
     "shrink",
     "shrink_backward",
+    "shrink_statistics",
     "squeeze",
     "squeeze_backward",
     "window_attention",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
+from emo_kernels.reference.batch_norm import batch_norm_sums
 from emo_kernels.reference.expand import normalize
 from emo_kernels.reference.gradients import channel_sums, gradients
 
@@ -52,6 +53,22 @@ def shrink(
     if drop_scale is not None:
         out = drop_scale[:, None, None, None] * out
     return out if residual is None else residual + out
+
+
+def shrink_statistics(
+    y: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    local: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    drop_scale: Tensor | None,
+    pivot: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`shrink`, and ``batch_norm_sums(out, pivot)`` for the batch norm that reads it next."""
+    out = shrink(y, weight, scale, shift, local, residual, gate, drop_scale)
+    return out, batch_norm_sums(out, pivot)
 
 
 def shrink_backward(

@@ -22,7 +22,8 @@ def new_map(
 ) -> Tensor:
     """An uninitialised (N, C, H, W) map with dense pixels on the device of ``like``."""
     dtype = like.dtype if dtype is None else dtype
-    return torch.empty((n, h, w, c), dtype=dtype, device=like.device).permute(0, 3, 1, 2)
+    strides = (h * w * c, 1, w * c, c)  # not a view, which could not be changed in place
+    return torch.empty_strided((n, c, h, w), strides, dtype=dtype, device=like.device)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

@@ -1,0 +1,415 @@
+"""accelerate in training: the kernels' step in place of the block's, whatever surrounds it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import golden_data as golden
+import numpy as np
+import pytest
+import torch
+from block_kinds import KINDS, randomise, relative
+from golden_data import assert_within
+from grid import device_of, implementing
+from test_golden import BLOCKS, load_block
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import emo_kernels as ek
+from emo_kernels import backends
+from emo_kernels.accelerate import AcceleratedForward
+from emo_kernels.nn import iRMB
+
+KERNELS = implementing("irmb_training")
+# What a training step is made of, and no kernels: the block's own forward must do.
+WITHOUT_KERNELS = ("attention_last", "attention_last_se", "attention_only", "neither")
+COMPOSED = [kind for kind in KINDS if kind not in WITHOUT_KERNELS]
+
+pytestmark = pytest.mark.filterwarnings("ignore:accelerate. .* blocks are not accelerated")
+
+
+@pytest.fixture(params=KERNELS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The kernels that ran: names of the shrink operator's calls by backend."""
+    calls: list[str] = []
+    for name in KERNELS:
+        namespace = backends._namespaces.get(name) or __import__(f"emo_kernels.{name}")
+        shrink = backends.function(name, "shrink_backward")
+        namespace = backends._namespaces[name]
+
+        def counted(*args: Any, _name: str = name, _run: Any = shrink, **kwargs: Any) -> Any:
+            calls.append(_name)
+            return _run(*args, **kwargs)
+
+        monkeypatch.setattr(namespace, "shrink_backward", counted)
+    yield calls
+
+
+def small(kind: str, **changes: Any) -> iRMB:
+    block = randomise(iRMB(4, 4, dim_head=2, window_size=2, **{**KINDS[kind], **changes}))
+    return block.float().train()
+
+
+def twins(block: nn.Module, backend: str) -> tuple[nn.Module, nn.Module]:
+    """(plain, accelerated) with the same weights, where the backend's tensors live."""
+    block = block.to(device_of(backend))
+    return copy.deepcopy(block), ek.accelerate(block, backend=backend)
+
+
+def step(block: nn.Module, x: Tensor, seed: int = 3) -> dict[str, Tensor]:
+    """Output, gradients and buffers of one training step."""
+    torch.manual_seed(seed)
+    x = x.detach().requires_grad_()
+    y = block(x)
+    generator = torch.Generator().manual_seed(7)
+    y.backward(torch.randn(y.shape, generator=generator).to(y))
+    grads = {n: p.grad for n, p in block.named_parameters() if p.grad is not None}
+    buffers = {n: b.clone() for n, b in block.named_buffers()}
+    return {"out": y.detach(), "x": x.grad, **grads, **buffers}
+
+
+def assert_same_step(plain: nn.Module, fast: nn.Module, x: Tensor, limit: float = 2e-5) -> None:
+    want, got = step(plain, x), step(fast, x)
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        found = got[name]
+        if name == "qk.conv.bias":  # half of it has no influence
+            found, expected = found.chunk(2)[0], expected.chunk(2)[0]
+        assert found.dtype == expected.dtype and found.shape == expected.shape, name
+        scale = max(float(expected.double().norm()), 1e-3)
+        error = float((found.double() - expected.double()).norm()) / scale
+        assert error < limit, f"{name}: {error:.2e}"
+
+
+@pytest.fixture
+def x(backend: str) -> Tensor:
+    return torch.randn(3, 4, 5, 4, generator=torch.Generator().manual_seed(1)).to(
+        device_of(backend)
+    )
+
+
+@pytest.mark.parametrize("kind", COMPOSED)
+def test_every_kind_of_block(backend: str, kind: str, x: Tensor, steps: list[str]) -> None:
+    plain, fast = twins(small(kind), backend)
+    assert_same_step(plain, fast, x)
+    assert steps == [backend]
+
+
+@pytest.mark.parametrize("kind", WITHOUT_KERNELS)
+def test_other_blocks_run_their_own_step(
+    backend: str, kind: str, x: Tensor, steps: list[str]
+) -> None:
+    block = small(kind).to(device_of(backend))
+    plain, fast = copy.deepcopy(block), ek.accelerate(block)
+    assert_same_step(plain, fast, x)
+    assert not steps
+
+
+@pytest.mark.parametrize("entry", BLOCKS, ids=lambda e: e["name"])
+def test_published_blocks(backend: str, entry: dict[str, Any]) -> None:
+    """Outputs, gradients and statistics of the official code."""
+    block, data = load_block(entry)
+    block = block.to(device_of(backend)).train()
+    if entry["name"] in UNCOMPOSED:
+        pytest.skip("this published block is made of what no kernels compose")
+    ek.accelerate(block, backend=backend)
+    x = golden.tensor(data["x"]).to(device_of(backend)).requires_grad_()
+    y = block(x)
+    assert_within(y.cpu(), data["y_train"], 2e-5 * largest(data["y_train"]), "output")
+    y.backward(golden.tensor(data["g"]).to(y))
+    assert_within(x.grad.cpu(), data["grad_x"], 1e-4 * largest(data["grad_x"]), "input gradient")
+    for name, parameter in block.named_parameters():
+        want = data[f"grad/{name}"]
+        assert_within(parameter.grad.cpu(), want, 1e-4 * largest(want), f"gradient of {name}")
+    for name, buffer in block.named_buffers():
+        if not name.endswith("num_batches_tracked"):
+            want = data[f"after/{name}"]
+            assert_within(buffer.cpu(), want, 2e-5 * largest(want), f"buffer {name}")
+
+
+UNCOMPOSED: tuple[str, ...] = ()
+
+
+def largest(array: np.ndarray) -> float:
+    return float(np.abs(array).max(initial=0.0))
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0, 1.0])
+def test_momentum(backend: str, momentum: float | None, x: Tensor) -> None:
+    block = small("conv")
+    block.norm.momentum = block.conv_local.norm.momentum = momentum
+    plain, fast = twins(block, backend)
+    for _ in range(3):
+        assert_same_step(plain, fast, x)
+    assert int(fast.norm.num_batches_tracked) == 3
+
+
+def test_untracked_statistics(backend: str, x: Tensor) -> None:
+    block = small("conv")
+    block.norm = nn.BatchNorm2d(4, track_running_stats=False)
+    plain, fast = twins(block, backend)
+    assert_same_step(plain, fast, x)
+    plain.eval(), fast.eval()
+    assert_same_step(plain, fast, x)
+
+
+def test_frozen_batch_norms_inside_training(backend: str, x: Tensor, steps: list[str]) -> None:
+    plain, fast = twins(small("attention_both_pre"), backend)
+    for block in (plain, fast):
+        block.norm.eval()
+        for p in block.norm.parameters():
+            p.requires_grad_(False)
+    assert_same_step(plain, fast, x)
+    for block in (plain, fast):
+        block.eval()
+    assert_same_step(plain, fast, x)
+    assert steps == [backend] * 2
+
+
+@pytest.mark.parametrize("frozen", ["all_but_proj", "all", "only_norm"])
+def test_frozen_weights(backend: str, frozen: str, x: Tensor) -> None:
+    plain, fast = twins(small("attention_pre"), backend)
+    for block in (plain, fast):
+        for name, p in block.named_parameters():
+            keep = {"all_but_proj": "proj", "all": "nothing", "only_norm": "norm"}[frozen]
+            p.requires_grad_(name.startswith(keep))
+    assert_same_step(plain, fast, x)
+
+
+def test_an_input_without_gradient(backend: str, x: Tensor) -> None:
+    plain, fast = twins(small("attention_pre"), backend)
+    for block in (plain, fast):
+        block(x).square().sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        if name != "qk.conv.bias":
+            assert relative(q.grad, p.grad) < 2e-5, name
+
+
+def test_stochastic_depth_draws_what_the_layer_draws(backend: str, x: Tensor) -> None:
+    plain, fast = twins(small("conv", drop_path=0.5), backend)
+    x = x.repeat(4, 1, 1, 1)
+    assert_same_step(plain, fast, x)
+
+
+def test_dropout_runs_the_blocks_own_step(backend: str, x: Tensor, steps: list[str]) -> None:
+    plain, fast = twins(small("attention_pre", attn_drop=0.3, drop=0.2), backend)
+    assert_same_step(plain, fast, x, limit=1e-12)
+    assert not steps
+
+
+def test_batch_statistics_without_gradients(backend: str, x: Tensor) -> None:
+    plain, fast = twins(small("conv"), backend)
+    with torch.no_grad():
+        assert relative(fast(x), plain(x)) < 1e-5
+    assert relative(fast.norm.running_mean, plain.norm.running_mean) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+def test_autocast(backend: str, dtype: torch.dtype, wide: bool, steps: list[str]) -> None:
+    """fp32 masters, 16-bit maps: as near the fp64 block as eager under autocast."""
+    device = device_of(backend)
+    options = {"norm_layer": "ln_2d", "act_layer": "gelu", "attn_pre": True, "exp_ratio": 2.0}
+    block = iRMB(48, 48, dim_head=16, window_size=4, qkv_bias=True, **options)
+    plain, fast = twins(block.train(), backend)
+    exact = copy.deepcopy(plain).double()
+    x = torch.randn(2, 48, 9, 8, device=device)
+    x = x if wide else x.to(dtype)
+    with torch.autocast(device, dtype):
+        eager, got = step(plain, x), step(fast, x)
+    want = step(exact, x.double())
+    assert steps == [backend]
+    for name in ("out", "x", "v.conv.weight", "proj.conv.weight", "conv_local.norm.weight"):
+        assert got[name].dtype == eager[name].dtype, name
+        exact_value, unit = want[name].double(), torch.finfo(dtype).eps / 2
+        errors = [float((t[name].double() - exact_value).norm()) for t in (got, eager)]
+        # The masters' gradients are fp32 in both; what rounds is the 16 bits of the maps.
+        limit = 1.25 * errors[1] + unit * float(exact_value.norm())
+        assert errors[0] <= limit, f"{name}: {errors[0]:.2e} > {limit:.2e}"
+
+
+def test_gradient_scaling_and_accumulation(backend: str, x: Tensor) -> None:
+    plain, fast = twins(small("conv"), backend)
+    for block in (plain, fast):
+        for scale in (1.0, 1024.0):
+            (block(x).square().sum() * scale).backward()
+    for (name, p), q in zip(plain.named_parameters(), fast.named_parameters(), strict=True):
+        assert relative(q[1].grad, p.grad) < 2e-5, name
+
+
+def test_gradients_have_their_parameters_strides(backend: str, x: Tensor) -> None:
+    _, fast = twins(small("conv").to(memory_format=torch.channels_last), backend)
+    fast(x).sum().backward()
+    for name, p in fast.named_parameters():
+        assert p.grad.stride() == p.stride(), name
+
+
+@pytest.mark.parametrize("make", ["expanded", "cat", "nchw", "sliced"])
+def test_any_gradient(backend: str, make: str, x: Tensor) -> None:
+    gradients: dict[str, Callable[[Tensor], Tensor]] = {
+        "expanded": lambda y: y.mean((2, 3)).square().sum(),
+        "cat": lambda y: torch.cat([y, 2 * y], 1).square().sum(),
+        "nchw": lambda y: y.contiguous().flatten(1).cumsum(1).square().sum(),
+        "sliced": lambda y: y[:, 1:3, ::2].square().sum(),
+    }
+    plain, fast = twins(small("attention_pre"), backend)
+    for block in (plain, fast):
+        gradients[make](block(x)).backward()
+    for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        if name != "qk.conv.bias":
+            assert relative(q.grad, p.grad) < 5e-5, name
+
+
+def test_the_same_bits_again(backend: str, x: Tensor) -> None:
+    _, fast = twins(small("attention_both_pre"), backend)
+    state = copy.deepcopy(fast.state_dict())
+    first = step(fast, x)
+    fast.zero_grad()
+    fast.load_state_dict(state)
+    for name, again in step(fast, x).items():
+        assert torch.equal(again, first[name]), name
+
+
+def test_two_forwards_before_a_backward(backend: str, x: Tensor) -> None:
+    """The statistics that the second moves are not what the first kept."""
+    plain, fast = twins(small("conv"), backend)
+    for block in (plain, fast):
+        (block(x).square().sum() + block(2 * x).square().sum()).backward()
+    for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        assert relative(q.grad, p.grad) < 2e-5, name
+
+
+@pytest.mark.parametrize("between", ["nothing", "in_place", "copy"])
+def test_a_block_sums_its_output_for_the_next(
+    backend: str, between: str, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second step on, and only where the next block reads what was summed."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = small("conv"), small("conv")
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            if between == "in_place":
+                y.detach().mul_(2)
+            return self.second(y.clone() if between == "copy" else y)
+
+    if not backends.has(backend, "shrink_statistics"):
+        pytest.skip(f"{backend} does not sum what it shrinks")
+    plain, fast = twins(Two(), backend)
+    passes: list[int] = []
+    sums = backends.function(backend, "batch_norm_sums")
+    namespace = backends._namespaces[backend]
+    monkeypatch.setattr(namespace, "batch_norm_sums", lambda *a: passes.append(1) or sums(*a))
+    for expected in (2, 1 if between == "nothing" else 2):
+        passes.clear()
+        assert_same_step(plain, fast, x)
+        assert len(passes) == expected
+    assert copy.deepcopy(fast) is not fast
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(backend: str, reentrant: bool, x: Tensor) -> None:
+    plain, fast = twins(small("attention_pre"), backend)
+    x = x.requires_grad_()
+    for block in (plain, fast):
+        y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+        y.square().sum().backward()
+    for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
+        if name != "qk.conv.bias":
+            assert relative(q.grad, p.grad) < 2e-5, name
+
+
+def test_double_backward_is_pytorchs(backend: str, x: Tensor) -> None:
+    plain, fast = twins(small("conv"), backend)
+    seconds = []
+    for block in (plain, fast):
+        leaf = x.detach().requires_grad_()
+        (first,) = torch.autograd.grad(block(leaf).square().sum(), leaf, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    assert relative(seconds[1], seconds[0]) < 1e-4
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager"])
+@pytest.mark.parametrize("kind", ["conv_layer_norm_se", "attention_both_pre"])
+def test_compiled(backend: str, kind: str, compiler: str, x: Tensor, steps: list[str]) -> None:
+    plain, fast = twins(small(kind), backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend=compiler)
+    assert_same_step(plain, compiled._orig_mod if False else _Named(compiled, fast), x)
+    assert steps == [backend]
+
+
+class _Named(nn.Module):
+    """A compiled block under the names of the block."""
+
+    def __init__(self, compiled: nn.Module, block: nn.Module) -> None:
+        super().__init__()
+        self.call, self.block = [compiled], [block]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call[0](x)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block[0].named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block[0].named_buffers(*args, **kwargs)
+
+
+def test_saved_bytes_of_emo_5m(backend: str) -> None:
+    """At batch 256 in bf16, by count: 5.3 GB at most for the whole model; eager keeps 12.3."""
+    model = ek.create_model("emo_5m").train()
+    ek.accelerate(model, backend=backend)
+    assert all(
+        isinstance(m.__dict__["forward"], AcceleratedForward)
+        for _, m in ek.accelerate.__globals__["find_blocks"](model)
+    )
+    batch = 8
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(batch, 3, 224, 224, device=device_of(backend))
+        fused = saved_bytes(model, x.to(memory_format=torch.channels_last))
+        ek.restore(model)
+        eager = saved_bytes(model, x.to(memory_format=torch.channels_last))
+    assert fused / batch * 256 < 5.3e9
+    assert 12.0e9 < eager / batch * 256 < 13.0e9, "the count itself is off"
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes of the distinct storages that autograd keeps of one step, but for the weights'."""
+    weights = {p.shape for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.shape not in weights:
+            kept.setdefault(t.untyped_storage()._cdata, t)
+        return t
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast(x.device.type, torch.bfloat16),
+    ):
+        out = model(x)
+    assert out.shape == (x.shape[0], 1000)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def test_explain_names_the_training_backend(backend: str) -> None:
+    block = small("attention_pre").to(device_of(backend))
+    (row,) = ek.explain(ek.accelerate(block, backend=backend)).rows
+    assert row.training == backend
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        block = ek.accelerate(small("attention_last").to(device_of(backend)))
+    (row,) = ek.explain(block).rows
+    assert row.training == "reference" and "behind the convolution" in str(row.training_reasons)

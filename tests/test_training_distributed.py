@@ -1,0 +1,81 @@
+"""Training kernels across processes: synchronised batch norm inside DistributedDataParallel."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from block_kinds import randomise, relative
+from grid import device_of, implementing
+from torch import distributed, nn
+from torch.multiprocessing import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+import emo_kernels as ek
+from emo_kernels.nn import iRMB
+
+SHARES = (2, 1)  # images of each process: batches need not be equal
+OPTIONS = {"attn_pre": True, "exp_ratio": 2.0, "act_layer": "gelu", "qkv_bias": True}
+
+
+def make_block() -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(iRMB(4, 4, dim_head=2, window_size=2, **OPTIONS)).float().train()
+
+
+def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(sum(SHARES), 4, 5, 4, generator=generator) for _ in range(2))
+
+
+def train_a_share(rank: int, backend: str, folder: str) -> None:
+    """What one process does; it leaves its results in ``folder``."""
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "localhost", "0"
+    torch.set_num_threads(1)
+    store = distributed.FileStore(f"{folder}/store", len(SHARES))
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=len(SHARES))
+    block = make_block()
+    model = DistributedDataParallel(block)
+    for norm in (block.norm, block.conv_local.norm):
+        # DistributedDataParallel lets nobody in who has these on the CPU, but not what becomes so.
+        norm.__class__, norm.process_group = nn.SyncBatchNorm, None
+    ek.accelerate(block, backend=backend)
+    x, g = (t.split(SHARES)[rank].clone() for t in make_batch())
+    x.requires_grad_()
+    y = model(x)
+    y.backward(g)
+    grads = {n: p.grad * len(SHARES) for n, p in block.named_parameters()}  # DDP averages
+    result = {"y": y.detach(), "x": x.grad, "grads": grads, "buffers": dict(block.named_buffers())}
+    torch.save(result, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
+@pytest.mark.parametrize("backend", implementing("irmb_training"))
+def test_two_processes_are_one_batch(backend: str) -> None:
+    if device_of(backend) == "cuda":
+        pytest.skip("two processes on one GPU: gloo on CPU tensors shows the same collectives")
+    plain = make_block()
+    untouched = copy.deepcopy(plain)
+    x, g = make_batch()
+    x.requires_grad_()
+    y = plain(x)
+    y.backward(g)
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(train_a_share, (backend, folder), nprocs=len(SHARES))
+        found = [torch.load(Path(folder, f"{r}.pt")) for r in range(len(SHARES))]
+    assert relative(torch.cat([f["y"] for f in found]), y) < 1e-5
+    assert relative(torch.cat([f["x"] for f in found]), x.grad) < 1e-5
+    for name, p in plain.named_parameters():
+        if name != "qk.conv.bias":  # half of it has no influence
+            assert relative(found[0]["grads"][name], p.grad) < 2e-5, name
+    for name, buffer in plain.named_buffers():
+        for rank in range(len(SHARES)):
+            got = found[rank]["buffers"][name]
+            assert torch.allclose(got, buffer, rtol=1e-5, atol=1e-6), name
+    assert not torch.equal(plain.norm.running_mean, untouched.norm.running_mean)
