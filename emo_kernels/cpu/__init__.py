@@ -15,8 +15,18 @@ from emo_kernels.cpu.depthwise_conv2d import (
 from emo_kernels.cpu.expand import expand, expand_backward, expand_unsupported
 from emo_kernels.cpu.irmb import irmb, irmb_bind, irmb_unsupported
 from emo_kernels.cpu.irmb_training import irmb_training_unsupported
-from emo_kernels.cpu.shrink import shrink, shrink_backward, shrink_unsupported
+from emo_kernels.cpu.shrink import (
+    shrink,
+    shrink_backward,
+    shrink_statistics,
+    shrink_unsupported,
+)
 from emo_kernels.cpu.squeeze import squeeze, squeeze_backward
+from emo_kernels.cpu.window_attention import (
+    window_attention,
+    window_attention_backward,
+    window_attention_unsupported,
+)
 
 __all__ = [
     "batch_norm_backward",
@@ -36,7 +46,11 @@ __all__ = [
     "irmb_unsupported",
     "shrink",
     "shrink_backward",
+    "shrink_statistics",
     "shrink_unsupported",
     "squeeze",
     "squeeze_backward",
+    "window_attention",
+    "window_attention_backward",
+    "window_attention_unsupported",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
+from emo_kernels.cpu.batch_norm import batch_norm_sums
 
 
 def shrink_unsupported(y: Tensor, *_: Any, **__: Any) -> str | None:
@@ -39,6 +40,22 @@ def shrink(
     pointers = layout.addresses(*tensors)
     _C.shrink(layout.DTYPES[dtype], pointers, (n, h * w, m, o), torch.get_num_threads())
     return out
+
+
+def shrink_statistics(
+    y: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    local: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    drop_scale: Tensor | None,
+    pivot: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`shrink`, and its (2, O) float64 sums around the pivot."""
+    out = shrink(y, weight, scale, shift, local, residual, gate, drop_scale)
+    return out, batch_norm_sums(out, pivot)
 
 
 def shrink_backward(

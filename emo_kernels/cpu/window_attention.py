@@ -124,7 +124,7 @@ def window_attention_backward(
             if empty is not None:
                 empty.zero_()
     else:
-        tensors = [layout.pixels(grad), layout.pixels(x)]
+        tensors: list[Tensor | None] = [layout.pixels(grad), layout.pixels(x)]
         tensors += [layout.dense(qk_weight, dtype), layout.dense(qk_bias, dtype), v, padding]
         tensors += [layout.dense(t, dtype) for t in (norm_weight, norm_bias, mean, invstd)]
         tensors += [None if trains_norm or expands else layout.dense_map(residual)]
@@ -133,9 +133,7 @@ def window_attention_backward(
         pointers = layout.addresses(*tensors)
         behind = trains_norm or expands
         threads = torch.get_num_threads()
-        _C.window_attention_backward(
-            layout.DTYPES[dtype], pointers, (*sizes, behind), eps, threads
-        )
+        _C.window_attention_backward(layout.DTYPES[dtype], pointers, (*sizes, behind), eps, threads)
     qk = [_like(dqk, qk_weight), _like(_with_zero_half(dbias), qk_bias)]
     if v_weight is None or dv is None:
         if trains_norm:
