@@ -12,7 +12,9 @@
 namespace emo_kernels::cpu {
 namespace {
 
-constexpr int64_t kFlushRows = 32;  // summed in the element type before they go into doubles
+constexpr int64_t kFlushRows = 16;  // summed in the element type before they go into doubles
+
+constexpr int64_t kPixelChunk = 56;  // likewise, of a product that sums over pixels
 
 // Hands out 64-byte aligned places of a buffer one after the other; of a null buffer it counts.
 struct Places {
@@ -243,11 +245,22 @@ void product_tile(const Product<T>& t, const T* a, T* c, int64_t valid) {
   acc.clear();
   const T* b = t.b;
   if constexpr (kTransposed) {
-    int64_t k = 0;
-    for (; k + 4 <= t.K; k += 4, a += 4 * P, b += 4 * P) {
+    alignas(64) T sums[kRows * Shape::kWidth];
+    int64_t left = t.K;
+    for (; left > kPixelChunk; left -= kPixelChunk) {
+      for (int64_t k = 0; k < kPixelChunk; k += 4, a += 4 * P, b += 4 * P) {
+        unroll<4>(
+            EMO_UNROLLED(u) { product_step<T, kRows, Shape, true>(acc, a + u * P, b + u * P); });
+      }
+      if (left < t.K) acc.add_sums(sums);
+      acc.save_sums(sums);
+      acc.clear();
+    }
+    for (; left >= 4; left -= 4, a += 4 * P, b += 4 * P) {
       unroll<4>(EMO_UNROLLED(u) { product_step<T, kRows, Shape, true>(acc, a + u * P, b + u * P); });
     }
-    for (; k < t.K; ++k, a += P, b += P) product_step<T, kRows, Shape, true>(acc, a, b);
+    for (; left > 0; --left, a += P, b += P) product_step<T, kRows, Shape, true>(acc, a, b);
+    if (t.K > kPixelChunk) acc.add_sums(sums);
   } else {
     for (int64_t left = t.K; left > 0; left -= P, a += t.a_stride) {
       const int64_t depth = min<int64_t>(left, P);

@@ -4,7 +4,7 @@
 //           channels; a row of dy gives its share of dw, and the rows of dx it completes.
 //           At stride s the columns of dx fall into s phases, each a small dense convolution.
 // Traffic   reads grad, y and x once (plus halo rows between threads), writes dx once.
-// Numerics  sums over taps in the element type; of dw, up to 16 rows of columns in it, those sums
+// Numerics  sums over taps in the element type; of dw, up to 8 rows of columns in it, those sums
 //           in double; threads in order.
 // Limits    kernels up to 64 taps a side.
 #include "cpu/depthwise_rings.h"
@@ -13,7 +13,7 @@
 namespace emo_kernels::cpu {
 namespace {
 
-constexpr int64_t kSumRows = 16;
+constexpr int64_t kSumRows = 8;
 using Call = DepthwiseBackwardCall;
 
 // The taps that meet the rows (or columns) i of dx with i % stride = phase, last tap first: tap t
@@ -185,7 +185,7 @@ void (*weight_row_for(int64_t K, int64_t stride, int64_t dilation))(const Weight
 
 template <class T>
 DepthwiseRowFunction<T> dx_row_for(int64_t taps, int64_t reach) {
-  using E = MapEpilogue<T>;
+  using E = MapEpilogue<T, false>;
   if (reach == 1 && taps == 1) return depthwise_row<T, E, 1, 1>;
   if (reach == 1 && taps == 2) return depthwise_row<T, E, 2, 1>;
   if (reach == 1 && taps == 4) return depthwise_row<T, E, 4, 1>;
@@ -220,9 +220,9 @@ class Gradient {
           summed = 0;
         }
       }
-      if (c_.dx == nullptr) continue;
       for (int64_t p = p0; p < p1; ++p) {
-        for (int64_t y = dx.first; y < dx.last; ++y) dx_row(n, y, p, p - p0);
+        if (q + 1 < q1) prefetch(n, dy_loaded, x_loaded, p);
+        for (int64_t y = dx.first; c_.dx && y < dx.last; ++y) dx_row(n, y, p, p - p0);
       }
     }
   }
@@ -250,6 +250,18 @@ class Gradient {
                           fma(load_some<V>(c + C, count), centred,
                               load_some<V>(c + 2 * C, count)));
              });
+  }
+
+  // Asks for what the next row of dy will bring in, while this one's dx is computed.
+  void prefetch(int64_t n, int64_t q, int64_t r, int64_t p) {
+    if (q < l_.Ho) {
+      const int64_t at = (n * l_.Ho + q) * l_.Wo * c_.C;
+      prefetch_row(static_cast<const T*>(c_.grad) + at, l_.Wo, c_.C, p);
+      if (c_.coefficients) prefetch_row(static_cast<const T*>(c_.y) + at, l_.Wo, c_.C, p);
+    }
+    for (int64_t i = r; c_.dweight && i < min(c_.H, r + c_.stride); ++i) {
+      prefetch_row(static_cast<const T*>(c_.x) + (n * c_.H + i) * c_.W * c_.C, c_.W, c_.C, p);
+    }
   }
 
   void load_x(int64_t n, int64_t r, int64_t p0, int64_t p1) {

@@ -3,8 +3,8 @@
 // Tiling    a thread walks its output rows; input rows come into a ring of padded rows in panels
 //           of channels, as many panels at a time as keep the ring in the L2 cache.
 // Traffic   reads x once (plus halo rows between threads), writes y once; bound by memory at K = 3.
-// Numerics  a sum over the taps in row-major order in the element type; up to 16 rows of columns
-//           are summed in it, those sums in double; threads in order.
+// Numerics  a sum over the taps in row-major order in the element type; up to 8 columns are summed
+//           in it, those sums in double; threads in order.
 // Limits    kernels up to 64 taps a side.
 #include "cpu/depthwise_rings.h"
 #include "cpu/threads.h"
@@ -12,14 +12,11 @@
 namespace emo_kernels::cpu {
 namespace {
 
-constexpr int64_t kSumRows = 16;
-
 template <class T>
 struct Layout {
   int64_t Ho, Wo, panels, group;  // panels of channels in all, and at a time
   T *weights, *pivot, *zeros;     // shared
   Ring<T> ring;                   // own, as what follows
-  T* sums;                        // [2][P * group]
   double* totals;                 // [2][C]
 
   Layout(const DepthwiseCall& c, Places& shared, Places& own)
@@ -34,7 +31,6 @@ struct Layout {
     const int64_t bytes = ring.panel_stride() * static_cast<int64_t>(sizeof(T));
     group = max<int64_t>(1, min(panels, kRingBytes / bytes));
     totals = own.take<double>(2 * panels * P);  // first: the others read it there
-    sums = own.take<T>(2 * group * P);
     ring.data = own.take<T>(group * ring.panel_stride() + P);
   }
 };
@@ -50,9 +46,11 @@ template <class T>
 class Convolution {
  public:
   Convolution(const DepthwiseCall& call, const Layout<T>& layout)
-      : c_(call), l_(layout), run_(depthwise_row_for<T, MapEpilogue<T>>(c_.K, c_.stride, c_.dilation)) {
+      : c_(call),
+        l_(layout),
+        run_(c_.sums ? depthwise_row_for<T, MapEpilogue<T, true>>(c_.K, c_.stride, c_.dilation)
+                     : depthwise_row_for<T, MapEpilogue<T, false>>(c_.K, c_.stride, c_.dilation)) {
     fill_zero(l_.totals, 2 * l_.panels * P);
-    fill_zero(l_.sums, 2 * l_.group * P);
     fill_zero(l_.ring.data, l_.group * l_.ring.panel_stride() + P);
   }
 
@@ -60,7 +58,7 @@ class Convolution {
   void rows(int64_t n, int64_t y0, int64_t y1, int64_t p0, int64_t p1) {
     using V = Vec<T, kLanesOf<T>>;
     const T* const x = static_cast<const T*>(c_.x);
-    int64_t loaded = 0, summed = 0;
+    int64_t loaded = 0;
     for (int64_t y = y0; y < y1; ++y) {
       const int64_t top = y * c_.stride - c_.padding;
       const int64_t end = min(c_.H, top + l_.ring.rows);
@@ -71,10 +69,12 @@ class Convolution {
                  });
       }
       loaded = max(loaded, end);
-      for (int64_t p = p0; p < p1; ++p) row(n, y, p, p - p0);
-      if (++summed == kSumRows || y + 1 == y1) {
-        flush(p0, p1);
-        summed = 0;
+      const int64_t next = min(c_.H, end + c_.stride);
+      for (int64_t p = p0; p < p1; ++p) {
+        for (int64_t r = end; r < next && y + 1 < y1; ++r) {
+          prefetch_row(x + (n * c_.H + r) * c_.W * c_.C, c_.W, c_.C, p);
+        }
+        row(n, y, p, p - p0);
       }
     }
   }
@@ -96,8 +96,8 @@ class Convolution {
     row.column_stride = c_.C;
     if (c_.sums) {
       row.pivot = l_.pivot + p * P;
-      row.sums = l_.sums + 2 * g * P;
-      row.squares = row.sums + P;
+      row.sums = l_.totals + p * P;
+      row.squares = row.sums + l_.panels * P;
     }
     for (int64_t t = 0; t < c_.K; ++t) {
       const int64_t in_y = y * c_.stride - c_.padding + t * c_.dilation;
@@ -106,20 +106,6 @@ class Convolution {
       row.rows[row.taps++] = l_.ring.row(g, in_y);
     }
     run_(row);
-  }
-
-  void flush(int64_t p0, int64_t p1) {
-    if (c_.sums == nullptr) return;
-    using V = Vec<T, kLanesOf<T>>;
-    for (int64_t p = p0; p < p1; ++p) {
-      for (int64_t lane = 0; lane < P; lane += kLanesOf<T>) {
-        T* const sums = l_.sums + 2 * (p - p0) * P + lane;
-        add_to_doubles<T>(l_.totals + p * P + lane, load<V>(sums));
-        add_to_doubles<T>(l_.totals + (l_.panels + p) * P + lane, load<V>(sums + P));
-        store(sums, V{});
-        store(sums + P, V{});
-      }
-    }
   }
 
   const DepthwiseCall& c_;

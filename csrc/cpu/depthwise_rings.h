@@ -51,34 +51,53 @@ struct MapRow : DepthwiseRow<T> {
   int64_t column_stride;   // elements between neighbouring columns
   const T* add;            // laid out as the map, null: nothing
   const T* pivot;          // [panel]
-  T *sums, *squares;       // [panel], of what is written less the pivot; null: none
+  double *sums, *squares;  // [panel], of what is written less the pivot; null: none
 };
 
-template <class T>
+template <class T, bool kSums>
 struct MapEpilogue {
   using V = Vec<T, kLanesOf<T>>;
+  static constexpr int64_t kColumns = 8;  // summed in the element type
   const MapRow<T>& row;
   const int64_t lane, count;
   V pivot{}, sum{}, square{};
 
   EMO_INLINE MapEpilogue(const DepthwiseRow<T>& r, int64_t l)
       : row(static_cast<const MapRow<T>&>(r)), lane(l), count(r.width - l) {
-    if (row.sums) pivot = load<V>(row.pivot + lane);
+    if constexpr (kSums) pivot = load<V>(row.pivot + lane);
   }
   EMO_INLINE void operator()(V y, int64_t column) {
     const int64_t at = column * row.column_stride + lane;
-    if (row.add) y += load_some<V>(row.add + at, count);
+    if constexpr (!kSums) {
+      if (row.add) y += load_some<V>(row.add + at, count);
+    }
     store_some(row.map + at, y, count);
-    const V centred = y - pivot;
-    sum += centred;
-    square = fma(centred, centred, square);
+    if constexpr (kSums) {
+      const V centred = y - pivot;
+      sum += centred;
+      square = fma(centred, centred, square);
+      if (column % kColumns == kColumns - 1) finish();
+    }
   }
   EMO_INLINE void finish() {
-    if (row.sums == nullptr) return;
-    store(row.sums + lane, load<V>(row.sums + lane) + sum);
-    store(row.squares + lane, load<V>(row.squares + lane) + square);
+    if constexpr (kSums) {
+      add_to_doubles<T>(row.sums + lane, sum);
+      add_to_doubles<T>(row.squares + lane, square);
+      sum = square = V{};
+    }
   }
 };
+
+// Asks for the pixels of one panel of a row of a dense map, while another row is worked on.
+template <class T>
+EMO_INLINE void prefetch_row(const T* row, int64_t W, int64_t C, int64_t panel) {
+  constexpr int64_t P = kPanel<T>, kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t width = min<int64_t>(P, C - panel * P);
+  for (int64_t column = 0; column < W; ++column) {
+    const T* const at = row + column * C + panel * P;
+    for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(at + i, 0, 2);
+  }
+}
 
 // Weights (C, K, K) of channels [channel, channel + P) as [taps][P]: those at the places `tap`
 // gives for t = 0, 1, ...

@@ -28,7 +28,11 @@ from emo_kernels.cpu.window_attention import (
     window_attention_unsupported,
 )
 
+# A processor writes and reads a map sooner than it multiplies for it again: ``ops.irmb_step`` asks.
+KEEPS_LOCAL_GRADIENT = True
+
 __all__ = [
+    "KEEPS_LOCAL_GRADIENT",
     "batch_norm_backward",
     "batch_norm_backward_finalize",
     "batch_norm_finalize",
