@@ -122,13 +122,17 @@ def _has(name: str, operator: str) -> bool:
     if name not in _namespaces:
         _namespaces[name] = importlib.import_module(f"emo_kernels.{name}")
     namespace = _namespaces[name]
-    return hasattr(namespace, operator) or hasattr(namespace, f"{operator}_unsupported")
+    return _is_function(namespace, operator) or hasattr(namespace, f"{operator}_unsupported")
+
+
+def _is_function(namespace: ModuleType, operator: str) -> bool:
+    return callable(getattr(namespace, operator, None))  # a submodule may carry the name too
 
 
 @constant_under_compile
 def composes(name: str, operator: str) -> bool:
     """Whether backend ``name`` runs ``operator`` by its other kernels, composed in ``ops``."""
-    return has(name, operator) and not hasattr(_namespaces[name], operator)
+    return has(name, operator) and not _is_function(_namespaces[name], operator)
 
 
 def function(name: str, operator: str) -> Callable[..., Any]:

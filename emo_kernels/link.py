@@ -60,4 +60,6 @@ class Link:
 
     def leave_on(self, out: Tensor, sums: Tensor | None, known: Neighbours) -> None:
         """Leave a note for the block that reads ``out``."""
+        if out.is_inference():
+            return
         setattr(out, _NOTE, _Note(self, sums, known.next_pivot, out))

@@ -1,99 +1,38 @@
-"""accelerate in training: the kernels' step in place of the block's, whatever surrounds it."""
+"""accelerate in training: the kernels' step in place of the block's own, number by number."""
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import golden_data as golden
 import numpy as np
 import pytest
 import torch
-from block_kinds import KINDS, randomise, relative
+from block_kinds import KINDS, relative
 from golden_data import assert_within
-from grid import device_of, implementing
+from grid import device_of
 from test_golden import BLOCKS, load_block
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from training_step import (  # noqa: F401  (the fixtures)
+    WITHOUT_KERNELS,
+    assert_same_step,
+    counted_steps,
+    small,
+    small_map,
+    step,
+    twins,
+)
 
 import emo_kernels as ek
 from emo_kernels import backends
-from emo_kernels.accelerate import AcceleratedForward
 from emo_kernels.nn import iRMB
 
-KERNELS = implementing("irmb_training")
-# What a training step is made of, and no kernels: the block's own forward must do.
-WITHOUT_KERNELS = ("attention_last", "attention_last_se", "attention_only", "neither")
 COMPOSED = [kind for kind in KINDS if kind not in WITHOUT_KERNELS]
 
+OPERATOR = "irmb_training"
 pytestmark = pytest.mark.filterwarnings("ignore:accelerate. .* blocks are not accelerated")
-
-
-@pytest.fixture(params=KERNELS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The kernels that ran: names of the shrink operator's calls by backend."""
-    calls: list[str] = []
-    for name in KERNELS:
-        namespace = backends._namespaces.get(name) or __import__(f"emo_kernels.{name}")
-        shrink = backends.function(name, "shrink_backward")
-        namespace = backends._namespaces[name]
-
-        def counted(*args: Any, _name: str = name, _run: Any = shrink, **kwargs: Any) -> Any:
-            calls.append(_name)
-            return _run(*args, **kwargs)
-
-        monkeypatch.setattr(namespace, "shrink_backward", counted)
-    yield calls
-
-
-def small(kind: str, **changes: Any) -> iRMB:
-    block = randomise(iRMB(4, 4, dim_head=2, window_size=2, **{**KINDS[kind], **changes}))
-    return block.float().train()
-
-
-def twins(block: nn.Module, backend: str) -> tuple[nn.Module, nn.Module]:
-    """(plain, accelerated) with the same weights, where the backend's tensors live."""
-    block = block.to(device_of(backend))
-    return copy.deepcopy(block), ek.accelerate(block, backend=backend)
-
-
-def step(block: nn.Module, x: Tensor, seed: int = 3) -> dict[str, Tensor]:
-    """Output, gradients and buffers of one training step."""
-    torch.manual_seed(seed)
-    x = x.detach().requires_grad_()
-    y = block(x)
-    generator = torch.Generator().manual_seed(7)
-    y.backward(torch.randn(y.shape, generator=generator).to(y))
-    grads = {n: p.grad for n, p in block.named_parameters() if p.grad is not None}
-    buffers = {n: b.clone() for n, b in block.named_buffers()}
-    return {"out": y.detach(), "x": x.grad, **grads, **buffers}
-
-
-def assert_same_step(plain: nn.Module, fast: nn.Module, x: Tensor, limit: float = 2e-5) -> None:
-    want, got = step(plain, x), step(fast, x)
-    assert got.keys() == want.keys()
-    for name, expected in want.items():
-        found = got[name]
-        if name == "qk.conv.bias":  # half of it has no influence
-            found, expected = found.chunk(2)[0], expected.chunk(2)[0]
-        assert found.dtype == expected.dtype and found.shape == expected.shape, name
-        scale = max(float(expected.double().norm()), 1e-3)
-        error = float((found.double() - expected.double()).norm()) / scale
-        assert error < limit, f"{name}: {error:.2e}"
-
-
-@pytest.fixture
-def x(backend: str) -> Tensor:
-    return torch.randn(3, 4, 5, 4, generator=torch.Generator().manual_seed(1)).to(
-        device_of(backend)
-    )
 
 
 @pytest.mark.parametrize("kind", COMPOSED)
@@ -140,6 +79,16 @@ UNCOMPOSED: tuple[str, ...] = ()
 
 def largest(array: np.ndarray) -> float:
     return float(np.abs(array).max(initial=0.0))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inference_on_the_same_kernels(
+    backend: str, mode: Callable[[], Any], autocast: bool, x: Tensor
+) -> None:
+    plain, fast = twins(nn.Sequential(small("conv"), small("attention_pre")).eval(), backend)
+    with mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        assert relative(fast(x), plain(x)) < (2e-2 if autocast else 1e-5)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.0, 1.0])
@@ -318,98 +267,34 @@ def test_a_block_sums_its_output_for_the_next(
     assert copy.deepcopy(fast) is not fast
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(backend: str, reentrant: bool, x: Tensor) -> None:
-    plain, fast = twins(small("attention_pre"), backend)
-    x = x.requires_grad_()
-    for block in (plain, fast):
-        y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
-        y.square().sum().backward()
-    for (name, p), q in zip(plain.named_parameters(), fast.parameters(), strict=True):
-        if name != "qk.conv.bias":
-            assert relative(q.grad, p.grad) < 2e-5, name
+@pytest.mark.slow
+def test_two_steps_of_emo_1m(backend: str) -> None:
+    """Loss, every gradient and every statistic of two SGD steps, against plain PyTorch in fp64."""
+    torch.manual_seed(0)
+    device = device_of(backend)
+    exact = ek.create_model("emo_1m", num_classes=10, drop_path_rate=0.0).train().double()
+    plain = copy.deepcopy(exact).float().to(device)
+    fast = ek.accelerate(copy.deepcopy(plain), backend=backend)
+    exact.to(device)
+    images = torch.randn(2, 4, 3, 32, 32, device=device)
+    labels = torch.tensor([1, 5, 2, 9], device=device)
 
+    def two_steps(model: nn.Module) -> dict[str, Tensor]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        results = {}
+        for number, x in enumerate(images):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x.to(next(model.parameters()).dtype)), labels)
+            loss.backward()
+            results[f"loss {number}"] = loss.detach()
+            results |= {f"{n} {number}": p.grad.clone() for n, p in model.named_parameters()}
+            optimizer.step()
+        return results | {n: b.clone() for n, b in model.named_buffers()}
 
-def test_double_backward_is_pytorchs(backend: str, x: Tensor) -> None:
-    plain, fast = twins(small("conv"), backend)
-    seconds = []
-    for block in (plain, fast):
-        leaf = x.detach().requires_grad_()
-        (first,) = torch.autograd.grad(block(leaf).square().sum(), leaf, create_graph=True)
-        seconds.append(torch.autograd.grad(first.square().sum(), leaf)[0])
-    assert relative(seconds[1], seconds[0]) < 1e-4
-
-
-@pytest.mark.parametrize("compiler", ["aot_eager"])
-@pytest.mark.parametrize("kind", ["conv_layer_norm_se", "attention_both_pre"])
-def test_compiled(backend: str, kind: str, compiler: str, x: Tensor, steps: list[str]) -> None:
-    plain, fast = twins(small(kind), backend)
-    torch._dynamo.reset()
-    compiled = torch.compile(fast, fullgraph=True, backend=compiler)
-    assert_same_step(plain, compiled._orig_mod if False else _Named(compiled, fast), x)
-    assert steps == [backend]
-
-
-class _Named(nn.Module):
-    """A compiled block under the names of the block."""
-
-    def __init__(self, compiled: nn.Module, block: nn.Module) -> None:
-        super().__init__()
-        self.call, self.block = [compiled], [block]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.call[0](x)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        return self.block[0].named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
-        return self.block[0].named_buffers(*args, **kwargs)
-
-
-def test_saved_bytes_of_emo_5m(backend: str) -> None:
-    """At batch 256 in bf16, by count: 5.3 GB at most for the whole model; eager keeps 12.3."""
-    model = ek.create_model("emo_5m").train()
-    ek.accelerate(model, backend=backend)
-    assert all(
-        isinstance(m.__dict__["forward"], AcceleratedForward)
-        for _, m in ek.accelerate.__globals__["find_blocks"](model)
-    )
-    batch = 8
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.empty(batch, 3, 224, 224, device=device_of(backend))
-        fused = saved_bytes(model, x.to(memory_format=torch.channels_last))
-        ek.restore(model)
-        eager = saved_bytes(model, x.to(memory_format=torch.channels_last))
-    assert fused / batch * 256 < 5.3e9
-    assert 12.0e9 < eager / batch * 256 < 13.0e9, "the count itself is off"
-
-
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the distinct storages that autograd keeps of one step, but for the weights'."""
-    weights = {p.shape for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.shape not in weights:
-            kept.setdefault(t.untyped_storage()._cdata, t)
-        return t
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-        torch.autocast(x.device.type, torch.bfloat16),
-    ):
-        out = model(x)
-    assert out.shape == (x.shape[0], 1000)
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
-
-
-def test_explain_names_the_training_backend(backend: str) -> None:
-    block = small("attention_pre").to(device_of(backend))
-    (row,) = ek.explain(ek.accelerate(block, backend=backend)).rows
-    assert row.training == backend
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        block = ek.accelerate(small("attention_last").to(device_of(backend)))
-    (row,) = ek.explain(block).rows
-    assert row.training == "reference" and "behind the convolution" in str(row.training_reasons)
+    want, eager, got = (two_steps(model) for model in (exact, plain, fast))
+    for name, expected in want.items():
+        if "qk.conv.bias" in name or name.startswith("stage0.0.convs.0.0.bias"):
+            continue  # all or half of it has no influence: noise
+        scale = float(expected.double().norm())
+        errors = [float((t[name].double() - expected.double()).norm()) for t in (got, eager)]
+        assert errors[0] <= 4 * errors[1] + 1e-5 * scale, f"{name}: {errors} of {scale:.2e}"

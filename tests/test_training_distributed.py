@@ -12,6 +12,7 @@ import torch
 from block_kinds import randomise, relative
 from grid import device_of, implementing
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import spawn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,6 +53,41 @@ def train_a_share(rank: int, backend: str, folder: str) -> None:
     result = {"y": y.detach(), "x": x.grad, "grads": grads, "buffers": dict(block.named_buffers())}
     torch.save(result, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
+
+
+def shard_a_block(rank: int, backend: str, folder: str) -> None:
+    """The same step under FSDP2, its parameters gathered when the block is called."""
+    torch.set_num_threads(1)
+    store = distributed.FileStore(f"{folder}/store", len(SHARES))
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=len(SHARES))
+    block = make_block()
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()  # every process has its own batch: statistics that all share
+    plain = copy.deepcopy(block)
+    mesh = distributed.device_mesh.init_device_mesh("cpu", (len(SHARES),))
+    fully_shard(ek.accelerate(block, backend=backend), mesh=mesh)
+    x, g = make_batch()
+    block(x).backward(g)
+    plain(x).backward(g)
+    errors = {
+        name: relative(p.grad.full_tensor(), q.grad)
+        for (name, p), q in zip(block.named_parameters(), plain.parameters(), strict=True)
+    }
+    torch.save(errors, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", implementing("irmb_training"))
+def test_fully_sharded_parameters(backend: str) -> None:
+    if device_of(backend) == "cuda":
+        pytest.skip("two processes on one GPU: gloo on CPU tensors shows the same sharding")
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(shard_a_block, (backend, folder), nprocs=len(SHARES))
+        errors = torch.load(Path(folder, "0.pt"))
+    del errors["qk.conv.bias"]  # half of it has no influence
+    assert max(errors.values()) < 2e-5, errors
 
 
 @pytest.mark.slow

@@ -1,36 +1,49 @@
-"""Triton kernels: one file for each operator; the functions carry the operators' names."""
+"""Triton kernels for CUDA GPUs: one file for each operator and direction, named as the operator."""
 
-# Provisional while the stems are being written: takes in what imports.
-from importlib import import_module as _import_module
+from __future__ import annotations
 
-for _stem in (
-    "batch_norm",
+from emo_kernels.triton.batch_norm import (
+    batch_norm_backward,
+    batch_norm_backward_finalize,
+    batch_norm_finalize,
+    batch_norm_sums,
+)
+from emo_kernels.triton.depthwise_conv2d import (
+    depthwise_conv2d,
+    depthwise_conv2d_statistics,
+    depthwise_conv2d_unsupported,
+)
+from emo_kernels.triton.depthwise_conv2d_backward import depthwise_conv2d_backward
+from emo_kernels.triton.expand import expand, expand_unsupported
+from emo_kernels.triton.expand_backward import expand_backward
+from emo_kernels.triton.irmb import irmb_training_unsupported, irmb_unsupported
+from emo_kernels.triton.shrink import shrink, shrink_statistics, shrink_unsupported
+from emo_kernels.triton.shrink_backward import shrink_backward
+from emo_kernels.triton.squeeze import squeeze, squeeze_backward
+from emo_kernels.triton.window_attention import window_attention, window_attention_unsupported
+from emo_kernels.triton.window_attention_backward import window_attention_backward
+
+__all__ = [
+    "batch_norm_backward",
+    "batch_norm_backward_finalize",
+    "batch_norm_finalize",
+    "batch_norm_sums",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
+    "depthwise_conv2d_statistics",
+    "depthwise_conv2d_unsupported",
     "expand",
     "expand_backward",
+    "expand_unsupported",
+    "irmb_training_unsupported",
+    "irmb_unsupported",
     "shrink",
     "shrink_backward",
+    "shrink_statistics",
+    "shrink_unsupported",
     "squeeze",
+    "squeeze_backward",
     "window_attention",
     "window_attention_backward",
-    "irmb",
-):
-    try:
-        _module = _import_module(f"emo_kernels.triton.{_stem}")
-    except Exception:  # noqa: S112
-        continue
-    for _name in dir(_module):
-        if _name.startswith(
-            (
-                "batch_norm",
-                "depthwise_conv2d",
-                "expand",
-                "shrink",
-                "squeeze",
-                "window_attention",
-                "irmb",
-            )
-        ):
-            if callable(getattr(_module, _name)):
-                globals()[_name] = getattr(_module, _name)
+    "window_attention_unsupported",
+]

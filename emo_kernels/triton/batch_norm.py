@@ -39,25 +39,9 @@ def load_or(ptr, offs, mask, other: tl.constexpr):
 
 
 @triton.jit
-def store_sums(
-    partials_ptr,  # (programs, 2, C) fp64
-    pivot_ptr,  # (C,) or None
-    row,
-    s1,  # (rows, BLOCK_C) fp32, sums of x - shift
-    s2,  # (rows, BLOCK_C) fp32, sums of (x - shift)^2
-    shift,  # (BLOCK_C,) fp32
-    count,
-    offs_c,
-    mask_c,
-    C: tl.constexpr,
-):
-    """Store one program's sums about ``shift`` as sums about the pivot, exact but for fp64."""
-    delta = shift.to(tl.float64) - load_or(pivot_ptr, offs_c, mask_c, 0.0)
-    n = count.to(tl.float64)
-    s1, s2 = tl.sum(s1.to(tl.float64), axis=0), tl.sum(s2.to(tl.float64), axis=0)
-    at = partials_ptr + row * 2 * C + offs_c
-    tl.store(at, s1 + n * delta, mask=mask_c)
-    tl.store(at + C, s2 + delta * (2.0 * s1 + n * delta), mask=mask_c)
+def about_pivot(s1, s2, n, delta):
+    """Sums of n values and of their squares, in fp64, moved to an origin lower by delta."""
+    return s1 + n * delta, s2 + delta * (2.0 * s1 + n * delta)
 
 
 @triton.jit
@@ -92,7 +76,12 @@ def _batch_norm_sums_kernel(
         s1 += deviation
         s2 += deviation * deviation
         offs_p += BLOCK_P
-    store_sums(partials_ptr, pivot_ptr, pid_p, s1, s2, shift, count, offs_c, mask_c, C)
+    s1, s2 = tl.sum(s1.to(tl.float64), axis=0), tl.sum(s2.to(tl.float64), axis=0)
+    delta = shift.to(tl.float64) - load_or(pivot_ptr, offs_c, mask_c, 0.0)
+    s1, s2 = about_pivot(s1, s2, count.to(tl.float64), delta)
+    at = partials_ptr + pid_p * 2 * C + offs_c
+    tl.store(at, s1, mask=mask_c)
+    tl.store(at + C, s2, mask=mask_c)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ Numerics: fp32 products and sums, rounded once. Statistics: ``batch_norm.py``.
 Limits: unrolled for K <= 7, stride and dilation <= 2; beyond, ``depthwise_conv2d_general.py``.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 from __future__ import annotations
 
 import torch
@@ -23,11 +23,12 @@ from torch import Tensor
 from emo_kernels.spec import conv_output_size
 from emo_kernels.triton import launch, layout
 from emo_kernels.triton.batch_norm import (
+    about_pivot,
     batch_norm_sums,
     channel_block,
     load_coefficients,
+    load_or,
     new_partial_sums,
-    store_sums,
 )
 from emo_kernels.triton.depthwise_conv2d_general import convolve_general
 from emo_kernels.triton.reduce_tall import reduce_tall
@@ -213,25 +214,25 @@ def _depthwise_conv2d_fwd_kernel(
     )
     dtype = y_ptr.dtype.element_ty
     y_offs = ((n * HO + i) * WO + j)[:, None] * C + offs_c[None, :]
-    shift = tl.zeros((BLOCK_C,), tl.float32)
+    shift = acc[0].to(dtype).to(tl.float32)  # sums are of deviations from a tile's first pixel
     s1 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     s2 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for r in tl.static_range(R_H * R_W):
-        inside = (n < N) & (i + r // R_W < HO) & (j + r % R_W < WO)
-        mask = live & inside[:, None]
+        mask = live & ((i + r // R_W < HO) & (j + r % R_W < WO))[:, None]
         y = acc[r].to(dtype)
         tl.store(y_ptr + y_offs + (WO.to(tl.int64) * (r // R_W) + r % R_W) * C, y, mask=mask)
         if partials_ptr is not None:
-            if r == 0:  # the first tile's first pixel, to sum deviations from
-                chosen = mask & (tl.arange(0, BLOCK_T) == 0)[:, None]
-                shift = tl.sum(tl.where(chosen, y.to(tl.float32), 0.0), axis=0)
-            deviation = tl.where(mask, y.to(tl.float32) - shift[None, :], 0.0)
+            deviation = tl.where(mask, y.to(tl.float32) - shift, 0.0)
             s1 += deviation
             s2 += deviation * deviation
     if partials_ptr is not None:
-        pixels = tl.minimum(HO - i, R_H) * tl.minimum(WO - j, R_W)
-        count = tl.sum(tl.where(n < N, pixels, 0))
-        store_sums(partials_ptr, pivot_ptr, pid_t, s1, s2, shift, count, offs_c, mask_c, C)
+        count = tl.minimum(HO - i, R_H) * tl.minimum(WO - j, R_W)
+        count = tl.where(n < N, count, 0).to(tl.float64)[:, None]
+        delta = shift.to(tl.float64) - load_or(pivot_ptr, offs_c, mask_c, 0.0)[None, :]
+        s1, s2 = about_pivot(s1.to(tl.float64), s2.to(tl.float64), count, delta)
+        at = partials_ptr + pid_t * 2 * C + offs_c
+        tl.store(at, tl.sum(s1, axis=0), mask=mask_c)
+        tl.store(at + C, tl.sum(s2, axis=0), mask=mask_c)
 
 
 # -------------------------------------------------------------------------------------- launchers
@@ -262,10 +263,10 @@ def stencil_tiles(arch: int, c: int, sides: list[tuple[int, int, float]]) -> dic
 def _fwd_rule(
     arch: int, *, c: int, k: int, s: int, d: int, h: int, w: int, p: int
 ) -> dict[str, int]:
-    """The tile with the fewest instructions a pixel, edges included, that fits about 128 registers."""
+    """The tile with the fewest instructions a pixel, edges included, within about 128 registers."""
     if arch == launch.INTERPRETER:
         return stencil_tiles(arch, c, [(1, 2, 0.0)])
-    pixels = (28 if k <= 3 else 14 if k <= 5 else 8) // s
+    pixels = {1: 28, 2: 16}[s] if k <= 3 else {1: 14, 2: 8}[s] if k <= 5 else 8 // s
     sides = []
     for r_h, r_w in ((4, 7), (2, 7), (1, 7), (4, 4), (2, 4), (1, 4), (2, 2), (1, 2), (1, 1)):
         patch = ((r_h - 1) * s + (k - 1) * d + 1) * ((r_w - 1) * s + (k - 1) * d + 1)

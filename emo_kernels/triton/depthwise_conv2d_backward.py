@@ -155,6 +155,7 @@ def _grad_input(
         w=w,
         p=n * h * w,
     )
+    assert tiles["R_H"] % stride == 0 and tiles["R_W"] % stride == 0, tiles
     tiles_h, tiles_w = triton.cdiv(h, tiles["R_H"]), triton.cdiv(w, tiles["R_W"])
     programs = triton.cdiv(n * tiles_h * tiles_w, tiles["BLOCK_T"])
     with layout.on_device(x):
@@ -214,9 +215,17 @@ def depthwise_conv2d_backward(
         if coefficients is not None and y is not None:
             grad = batch_norm_backward(grad, y, coefficients, None)
         if needed[0]:
-            options = {"backward": True, "add": local_grad}
             dx = convolve_general(
-                grad, tap_rows(weight), k, h, w, stride, padding, dilation, **options
+                grad,
+                tap_rows(weight),
+                k,
+                h,
+                w,
+                stride,
+                padding,
+                dilation,
+                backward=True,
+                add=local_grad,
             )
             grads.append(dx)
         if needed[1]:

@@ -11,7 +11,7 @@ Numerics: fp32. Programs' partial sums are added in a fixed order, by the shape 
 Limits: K <= 7, stride and dilation <= 2; beyond, ``depthwise_conv2d_general.py``.
 """
 
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
 from __future__ import annotations
 
 import torch

@@ -175,11 +175,14 @@ def _expand_bwd_input_rule(
         }
     block_c = whole if rows else block_for(c, (32, 64, 128, 256), 96)
     wide = block_c > 128
+    block_p = 16384 // block_c if wide else min(8192 // block_c, 128)
+    if rows and block_c >= 128 and arch < 90:
+        block_p = 32  # more would spill in the layer norm's epilogue
     return {
-        "BLOCK_P": 16384 // block_c if wide else min(8192 // block_c, 128),
+        "BLOCK_P": block_p,
         "BLOCK_C": block_c,
         "BLOCK_K": 32 if wide else 64,
-        "num_warps": 16 if wide and rows else 8 if block_c >= 64 else 4,
+        "num_warps": 16 if block_c > 256 else 8 if block_c >= 64 else 4,
         "num_stages": 3,
     }
 

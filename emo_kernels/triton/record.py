@@ -74,6 +74,11 @@ class Call:
         """Equal for calls that do the same work."""
         return repr((self.function, self.args, sorted(self.options.items())))
 
+    @property
+    def bytes(self) -> int:
+        """Of its tensor arguments."""
+        return sum(math.prod(s.shape) * s.dtype.itemsize for s in _leaves(list(self.args)))
+
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Fresh arguments: the same numbers at each call, shared memory shared."""
         specs = list(_leaves([*self.args, *self.options.values()]))

@@ -45,7 +45,7 @@ def shrink_bwd_rule(arch: int, *, p: int, m: int, o: int, bits: int) -> dict[str
         return tiles | {"num_warps": 8, "num_stages": 1}
     if arch < 90:
         tiles |= {"BLOCK_P": 64, "BLOCK_M": _whole(m, 32), "PROGRAMS": 264}
-        return tiles | {"num_warps": 4, "num_stages": 2}
+        return tiles | {"num_warps": 8 if m <= 32 else 4, "num_stages": 2}
     narrow = m % 8 and block_o + block_o2 > 160  # rows off 16 bytes: twice the copies and addresses
     tiles |= {"BLOCK_P": 32 if narrow else 64, "BLOCK_M": _whole(m, 64), "PROGRAMS": 132}
     return tiles | {"num_warps": 8, "num_stages": 2}
@@ -99,6 +99,7 @@ _PARTS_OF = {
     "gate": ("gate",),
     "drop_scale": ("drop_scale",),
 }
+_OF_IMAGES = {"gate", "drop_scale"}  # their ranges end with an image: many
 _RULES = {
     "shrink_bwd": shrink_bwd_rule,
     "shrink_bwd_input": shrink_bwd_input_rule,
@@ -115,7 +116,7 @@ def _run(kernel: str, inputs: _Inputs, parts: set[str]) -> dict[str, Tensor]:
     programs, block_p = tiles.pop("PROGRAMS"), tiles["BLOCK_P"]
     chunks_m = triton.cdiv(m, tiles["BLOCK_M"])
     chunks_o = triton.cdiv(o, tiles["BLOCK_O"] + tiles["BLOCK_O2"]) if "weight" in parts else 1
-    spans, span = (n, hw) if parts & {"gate", "drop_scale"} else (1, n * hw)
+    spans, span = (n, hw) if parts & _OF_IMAGES else (1, n * hw)
     blocks = triton.cdiv(span, block_p)
     splits = min(blocks, max(1, programs // (chunks_m * chunks_o * spans)))
     length = triton.cdiv(blocks, splits) * block_p
@@ -124,7 +125,7 @@ def _run(kernel: str, inputs: _Inputs, parts: set[str]) -> dict[str, Tensor]:
     sums_shape = (2, ranges, m) if inputs.affine is None else (ranges, 2, m)
 
     def partials(name: str, *shape: int) -> Tensor | None:
-        dtype = torch.float64 if name == "drop_scale" else torch.float32
+        dtype = torch.float64 if name in _OF_IMAGES else torch.float32
         return inputs.y.new_empty(shape, dtype=dtype) if name in parts else None
 
     outputs = _Gradients(
@@ -161,13 +162,13 @@ def _run(kernel: str, inputs: _Inputs, parts: set[str]) -> dict[str, Tensor]:
 def _launches(parts: set[str], y: Tensor, o: int) -> list[tuple[str, set[str]]]:
     """Which launch forms which parts: one pass where dW stays on chip, its partials being few."""
     m, bits = y.shape[1], 8 * y.element_size()
-    of_images = parts & {"gate", "drop_scale"}  # their ranges end with an image: many
+    of_images = parts & _OF_IMAGES
     if not shrink_bwd_fused(launch.architecture(), o, bits):
         calls = [
             ("shrink_bwd_input", parts - {"weight"}),
             ("shrink_bwd_weight", parts & {"weight"}),
         ]
-    elif of_images and "weight" in parts and y.shape[0] * o * m > 1 << 24:
+    elif of_images and (m > 32 or y.shape[0] * o * m > 1 << 24):  # registers; partials of dW
         calls = [("shrink_bwd", parts - of_images), ("shrink_bwd", of_images)]
     else:
         calls = [("shrink_bwd", parts)]

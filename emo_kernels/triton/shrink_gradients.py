@@ -140,6 +140,12 @@ def _store_grads(
 
 
 @triton.jit
+def _column_sums(a, b, live):
+    """Sums over the live pixels of a * b in fp64: few numbers, in which much cancels."""
+    return tl.sum(tl.where(live, a.to(tl.float64) * b.to(tl.float64), 0.0), axis=0)
+
+
+@triton.jit
 def _store_weight(ptr, acc, offs_o, offs_m, mask_m, M: tl.constexpr, OUT: tl.constexpr):
     """Store a range's part of dW, (BLOCK_M, BLOCK_O) here and (O, M) in memory."""
     at = offs_o[None, :] * M + offs_m[:, None]
@@ -161,7 +167,7 @@ def _shrink_bwd_kernel(
     dlocal_ptr,
     dweight_ptr,  # (ranges, O, M) partials
     sums_ptr,  # partials: row k of range r at r * stride_sr + k * stride_sk
-    dgate_ptr,  # (splits, spans, M) partials
+    dgate_ptr,  # (splits, spans, M) fp64 partials
     ddrop_ptr,  # (splits, CHUNKS_M, spans) fp64 partials
     HW,
     span,  # pixels that no range crosses: an image's, or all
@@ -205,7 +211,7 @@ def _shrink_bwd_kernel(
         mean_ptr += 2 * M
     sum_dz = tl.zeros((BLOCK_P, BLOCK_M), dtype=tl.float32)  # each thread its own until the end
     sum_dzy = tl.zeros((BLOCK_P, BLOCK_M), dtype=tl.float32)
-    sum_gate = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    sum_gate = tl.zeros((BLOCK_M,), dtype=tl.float64)
     sum_drop = tl.zeros((BLOCK_M,), dtype=tl.float64)
     pid_s, pid_n = pid_r % splits, pid_r // splits
     first = pid_n * span + pid_s * length
@@ -240,14 +246,14 @@ def _shrink_bwd_kernel(
             drop = load_tile(drop_ptr + image, images, mask_p)[:, None]
         if DT != "none":
             if ddrop_ptr is not None:
-                sum_drop += tl.sum(tl.where(live, t * dt, 0.0).to(tl.float64), axis=0)
+                sum_drop += _column_sums(t, dt, live)
                 if DT == "resident" and BLOCK_O2:
-                    sum_drop += tl.sum(tl.where(live, t * dt2, 0.0).to(tl.float64), axis=0)
+                    sum_drop += _column_sums(t, dt2, live)
             dt *= drop
             if DT == "resident" and BLOCK_O2:
                 dt += dt2 * drop  # one dot onto the other would halve the warps of the first
             if dgate_ptr is not None:
-                sum_gate += tl.sum(tl.where(live, c * dt, 0.0), axis=0)
+                sum_gate += _column_sums(c, dt, live)
             dz, other = _store_grads(
                 dt, y, gate, gate_ptr, scale_ptr, shift_ptr, mean_ptr, dy_ptr, dlocal_ptr, start,
                 rows, mask, offs_m, mask_m, M,

@@ -2,8 +2,9 @@
 
 A model's calls are recorded (``record.py``). For every launch they make the parameters of its rule
 are then moved one at a time, halved and doubled, as long as the call gets faster (:func:`search`).
-A candidate counts only if the call still gives the results it gave with the rule's parameters, in memory that
-was filled with NaN. Results go to disk after every launch, so a killed search loses one at most.
+A candidate counts only if the call still gives the results it gave with the rule's parameters, in
+memory that was filled with NaN. Results go to disk after every launch, so a killed search loses one
+at most.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from emo_kernels.triton.record import Call
 Parameters = dict[str, int]
 Measure = Callable[[Parameters], "float | None"]
 
-SMALLEST_BLOCK, LARGEST_BLOCK, MOST_WARPS = 16, 2048, 16
+SMALLEST_BLOCK, LARGEST_BLOCK, MOST_WARPS, MOST_OTHERS = 16, 2048, 16, 4096
 FASTER = 0.99  # of the time so far: less is noise
 # Against the results of the rule: other tiles sum in another order.
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -36,7 +37,8 @@ def neighbours(name: str, value: int) -> list[int]:
         return [v for v in (value // 2, value * 2) if 1 <= v <= MOST_WARPS]
     if value == 0:
         return []
-    least, most = (SMALLEST_BLOCK, LARGEST_BLOCK) if name.startswith("BLOCK") else (1, 64)
+    blocks = name.startswith("BLOCK")
+    least, most = (SMALLEST_BLOCK, LARGEST_BLOCK) if blocks else (1, MOST_OTHERS)
     return [v for v in (value // 2, value * 2) if least <= v <= most]
 
 
@@ -122,7 +124,7 @@ class Trial:
         """Milliseconds of the call, or ``None``: it does not run so, or its results differ."""
 
         def choose(kernel: str, sizes: dict[str, int], usual: Parameters) -> Parameters:
-            return parameters if self._is_ours(kernel, sizes) else usual
+            return dict(parameters) if self._is_ours(kernel, sizes) else usual
 
         with launch.listening(choose):
             try:

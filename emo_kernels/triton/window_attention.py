@@ -289,7 +289,7 @@ def window_attention(
     x = layout.pixels(x)
     n, c, h, w = x.shape
     out = layout.new_map(x, n, c if v_weight is None else v_weight.shape[0], h, w)
-    if n == 0:
+    if out.numel() == 0:
         return out
     windows = Windows.of(x, window_size)
     values = None

@@ -52,7 +52,7 @@ def window_attention_backward(
 ) -> list[Tensor]:
     """As :func:`emo_kernels.reference.window_attention_backward`."""
     tensors = (x, qk_weight, qk_bias, v_weight, v_bias, norm_weight, norm_bias)
-    if x.shape[0] == 0:
+    if x.numel() == 0:
         return _nothing(tensors, affine, needed)
     with layout.on_device(x):
         return _Backward(grad, tensors, affine, residual, needed, **options).run()

@@ -1,0 +1,81 @@
+"""One training step of a block, plain and accelerated, for the tests of training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from block_kinds import KINDS, randomise
+from grid import device_of, implementing
+from torch import Tensor, nn
+
+import emo_kernels as ek
+from emo_kernels import backends
+from emo_kernels.nn import iRMB
+
+KERNELS = implementing("irmb_training")
+# What a training step is made of, and no kernels: the block's own forward must do.
+WITHOUT_KERNELS = ("attention_last", "attention_last_se", "attention_only", "neither")
+
+
+@pytest.fixture(name="steps")
+def counted_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The kernels that ran: names of the shrink operator's calls by backend."""
+    calls: list[str] = []
+    for name in KERNELS:
+        namespace = backends._namespaces.get(name) or __import__(f"emo_kernels.{name}")
+        shrink = backends.function(name, "shrink_backward")
+        namespace = backends._namespaces[name]
+
+        def counted(*args: Any, _name: str = name, _run: Any = shrink, **kwargs: Any) -> Any:
+            calls.append(_name)
+            return _run(*args, **kwargs)
+
+        monkeypatch.setattr(namespace, "shrink_backward", counted)
+    yield calls
+
+
+@pytest.fixture(name="x")
+def small_map(backend: str) -> Tensor:
+    return torch.randn(3, 4, 5, 4, generator=torch.Generator().manual_seed(1)).to(
+        device_of(backend)
+    )
+
+
+def small(kind: str, **changes: Any) -> iRMB:
+    block = randomise(iRMB(4, 4, dim_head=2, window_size=2, **{**KINDS[kind], **changes}))
+    return block.float().train()
+
+
+def twins(block: nn.Module, backend: str) -> tuple[nn.Module, nn.Module]:
+    """(plain, accelerated) with the same weights, where the backend's tensors live."""
+    block = block.to(device_of(backend))
+    return copy.deepcopy(block), ek.accelerate(block, backend=backend)
+
+
+def step(block: nn.Module, x: Tensor, seed: int = 3) -> dict[str, Tensor]:
+    """Output, gradients and buffers of one training step."""
+    torch.manual_seed(seed)
+    x = x.detach().requires_grad_()
+    y = block(x)
+    generator = torch.Generator().manual_seed(7)
+    y.backward(torch.randn(y.shape, generator=generator).to(y))
+    grads = {n: p.grad for n, p in block.named_parameters() if p.grad is not None}
+    buffers = {n: b.clone() for n, b in block.named_buffers()}
+    return {"out": y.detach(), "x": x.grad, **grads, **buffers}
+
+
+def assert_same_step(plain: nn.Module, fast: nn.Module, x: Tensor, limit: float = 2e-5) -> None:
+    want, got = step(plain, x), step(fast, x)
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        found = got[name]
+        if name == "qk.conv.bias":  # half of it has no influence
+            found, expected = found.chunk(2)[0], expected.chunk(2)[0]
+        assert found.dtype == expected.dtype and found.shape == expected.shape, name
+        scale = max(float(expected.double().norm()), 1e-3)
+        error = float((found.double() - expected.double()).norm()) / scale
+        assert error < limit, f"{name}: {error:.2e}"
