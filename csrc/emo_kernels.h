@@ -109,9 +109,9 @@ struct DepthwiseBackwardCall {
 // out = act(W norm(x) + b).
 struct ExpandCall {
   DType dtype = DType::kFloat32;
-  const void *x = nullptr, *weight = nullptr, *bias = nullptr;   // (N pixels, C), (M, C), (M,)
-  const void *norm_weight = nullptr, *norm_bias = nullptr;       // (C,)
-  void* out = nullptr;                                           // (N pixels, M)
+  const void *x = nullptr, *weight = nullptr, *bias = nullptr;  // (N pixels, C), (M, C), (M,)
+  const void *norm_weight = nullptr, *norm_bias = nullptr;      // (C,)
+  void* out = nullptr;                                          // (N pixels, M)
   int64_t N = 0, pixels = 0, C = 0, M = 0;
   Norm norm = Norm::kNone;
   Activation act = Activation::kNone;
@@ -138,14 +138,17 @@ struct ExpandBackwardCall {
   int threads = 1;
 };
 
-// out = residual + drop_scale[n] W (local + gate[n] silu(scale y + shift)).
+// out = residual + drop_scale[n] W (local + gate[n] silu(scale y + shift)), and sums = sum (out -
+// pivot), sum (out - pivot)^2.
 struct ShrinkCall {
   DType dtype = DType::kFloat32;
   const void *y = nullptr, *weight = nullptr;         // (N pixels, M), (O, M)
   const void *scale = nullptr, *shift = nullptr;      // (M,)
   const void *local = nullptr, *residual = nullptr;   // (N pixels, M), (N pixels, O)
   const void *gate = nullptr, *drop_scale = nullptr;  // (N, M), (N,)
+  const void* pivot = nullptr;                        // (O,)
   void* out = nullptr;
+  double* sums = nullptr;  // (2, O)
   int64_t N = 0, pixels = 0, M = 0, O = 0;
   int threads = 1;
 };

@@ -102,7 +102,8 @@ void irmb(int dtype, uintptr_t x, uintptr_t out, const py::tuple& weights, const
   cpu::irmb(call);
 }
 
-// ---- one training step, operator by operator: pointers and sizes in the order of emo_kernels/cpu --
+// ---- one training step, operator by operator: pointers and sizes in the order of emo_kernels/cpu
+// --
 
 template <class P>
 void point(P*& target, int64_t address) {
@@ -185,7 +186,7 @@ void shrink(int dtype, const py::tuple& pointers, const py::tuple& sizes, int th
   cpu::ShrinkCall c;
   c.dtype = static_cast<emo_kernels::DType>(dtype);
   point_all(pointers, c.y, c.weight, c.scale, c.shift, c.local, c.residual, c.gate, c.drop_scale,
-            c.out);
+            c.pivot, c.out, c.sums);
   size_all(sizes, c.N, c.pixels, c.M, c.O);
   c.threads = threads;
   py::gil_scoped_release unlocked;

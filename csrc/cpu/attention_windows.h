@@ -159,8 +159,8 @@ void gather(const T* map, int64_t C, int64_t channel, const int64_t* pixels, int
 
 // The reverse; padding is dropped.
 template <class T>
-void scatter(const Blocked<T>& slice, const int64_t* pixels, int64_t rows, bool add, int64_t channel,
-             T* map, int64_t C) {
+void scatter(const Blocked<T>& slice, const int64_t* pixels, int64_t rows, bool add,
+             int64_t channel, T* map, int64_t C) {
   using V = Vec<T, kLanesOf<T>>;
   constexpr int64_t P = kPanel<T>;
   for (int64_t i = 0; i < rows; ++i) {

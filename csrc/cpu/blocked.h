@@ -12,9 +12,9 @@
 namespace emo_kernels::cpu {
 namespace {
 
-constexpr int64_t kFlushRows = 16;  // summed in the element type before they go into doubles
+constexpr int64_t kSumRows = 32;  // pixels whose channels are summed vector by vector
 
-constexpr int64_t kPixelChunk = 56;  // likewise, of a product that sums over pixels
+constexpr int64_t kPixelChunk = 56;  // pixels whose products are added in one go
 
 // Hands out 64-byte aligned places of a buffer one after the other; of a null buffer it counts.
 struct Places {
@@ -87,53 +87,62 @@ void load_rows(const T* map, int64_t C, int64_t rows, const Blocked<T>& to, F sc
     for (int64_t p = 0; p < to.panels(); ++p) {
       T* const row = to.panel(p) + i * kPanel<T>;
       const T* const from = map + p * kPanel<T>;
-      each_lane_of<T>(to.channels(p), [&](int64_t lane, int64_t count)
-                                          __attribute__((always_inline)) {
-                                            store(row + lane,
-                                                  load_some<V>(from + lane, count) * scale);
-                                          });
+      each_lane_of<T>(to.channels(p),
+                      [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
+                        store(row + lane, load_some<V>(from + lane, count) * scale);
+                      });
     }
   }
 }
 
 // ---- sums over pixels -------------------------------------------------------------------------
 
-// totals += partial, lane by lane, in double.
+// The lanes of a vector in double: two vectors of half the lanes, where the type is float.
 template <class T>
-EMO_INLINE void add_to_doubles(double* totals, Vec<T, kLanesOf<T>> partial) {
-  if constexpr (sizeof(T) == 8) {
-    using V = Vec<T, kLanesOf<T>>;
-    store(totals, load<V>(totals) + partial);
-  } else {
-    constexpr int kHalf = kLanesOf<T> / 2;
-    using H = Vec<float, kHalf>;
-    using D = Vec<double, kHalf>;
+struct Doubles {
+  static constexpr int kParts = sizeof(T) == 8 ? 1 : 2, kLanes = kLanesOf<T> / kParts;
+  using D = Vec<double, kLanes>;
+  D part[kParts];
+
+  EMO_INLINE explicit Doubles(Vec<T, kLanesOf<T>> v) {
+    using H = Vec<T, kLanes>;
     T lanes[kLanesOf<T>];
-    store(lanes, partial);
-    unroll<2>(EMO_UNROLLED(i) {
-      double* const at = totals + i * kHalf;
-      store(at, load<D>(at) + __builtin_convertvector(load<H>(lanes + i * kHalf), D));
+    store(lanes, v);
+    unroll<kParts>(
+        EMO_UNROLLED(i) { part[i] = __builtin_convertvector(load<H>(lanes + i * kLanes), D); });
+  }
+  EMO_INLINE void add(const Doubles& a) {
+    unroll<kParts>(EMO_UNROLLED(i) { part[i] += a.part[i]; });
+  }
+  EMO_INLINE void add_product(const Doubles& a, const Doubles& b) {
+    unroll<kParts>(EMO_UNROLLED(i) { part[i] = fma(a.part[i], b.part[i], part[i]); });
+  }
+  EMO_INLINE void add_to(double* totals) const {
+    unroll<kParts>(EMO_UNROLLED(i) {
+      double* const at = totals + i * kLanes;
+      store(at, load<D>(at) + part[i]);
     });
   }
-}
+};
 
-// totals[lane] += sum over rows of f(row, lane) and totals[second + lane] += that of its partner:
-// f gives the two terms of one vector. `rows` of any number.
+// first[lane] += sum over rows of value, second[lane] += sum over rows of value * factor, in
+// double: f(row, lane, count, value, factor) gives one vector of each. Null: not wanted.
 template <class T, class F>
 EMO_INLINE void sum_rows(int64_t rows, int64_t channels, double* first, double* second, F f) {
   using V = Vec<T, kLanesOf<T>>;
-  for (int64_t begin = 0; begin < rows; begin += kFlushRows) {
-    const int64_t end = min(rows, begin + kFlushRows);
+  for (int64_t begin = 0; begin < rows; begin += kSumRows) {
+    const int64_t end = min(rows, begin + kSumRows);
     each_lane_of<T>(channels, [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
-      V a[2]{}, b[2]{};
-      int64_t i = begin;
-      for (; i + 2 <= end; i += 2) {
-        f(i, lane, count, a[0], b[0]);
-        f(i + 1, lane, count, a[1], b[1]);
+      Doubles<T> sum(V{}), products(V{});
+      for (int64_t i = begin; i < end; ++i) {
+        V value{}, factor{};
+        f(i, lane, count, value, factor);
+        const Doubles<T> wide(value);
+        if (first) sum.add(wide);
+        if (second) products.add_product(wide, Doubles<T>(factor));
       }
-      if (i < end) f(i, lane, count, a[0], b[0]);
-      add_to_doubles<T>(first + lane, a[0] + a[1]);
-      if (second) add_to_doubles<T>(second + lane, b[0] + b[1]);
+      if (first) sum.add_to(first + lane);
+      if (second) products.add_to(second + lane);
     });
   }
 }
@@ -193,9 +202,10 @@ void pack_straight(const T* weight, int64_t K, const Blocked<T>& to, int64_t p) 
   const T* from = weight + p * kPanel<T>;
   T* row = to.panel(p);
   for (int64_t k = 0; k < K; ++k, from += to.columns, row += kPanel<T>) {
-    each_lane_of<T>(to.channels(p), [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
-      store(row + lane, load_some<V>(from + lane, count));
-    });
+    each_lane_of<T>(to.channels(p),
+                    [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
+                      store(row + lane, load_some<V>(from + lane, count));
+                    });
   }
 }
 
@@ -228,9 +238,8 @@ EMO_INLINE void product_step(Accumulators<T, kRows, Shape>& acc, const T* a, con
   if constexpr (Shape::kHalf) b_half = load<Half>(b + Shape::kFull * Shape::kLanes);
   unroll<kRows>(EMO_UNROLLED(i) {
     const T value = a[i * kStride];
-    unroll<Shape::kFull>(EMO_UNROLLED(j) {
-      acc.full[i][j] = fma(splat<Full>(value), b_full[j], acc.full[i][j]);
-    });
+    unroll<Shape::kFull>(
+        EMO_UNROLLED(j) { acc.full[i][j] = fma(splat<Full>(value), b_full[j], acc.full[i][j]); });
     if constexpr (Shape::kHalf) {
       acc.half[i] = fma(low_half(splat<Full>(value)), b_half, acc.half[i]);
     }
@@ -257,7 +266,8 @@ void product_tile(const Product<T>& t, const T* a, T* c, int64_t valid) {
       acc.clear();
     }
     for (; left >= 4; left -= 4, a += 4 * P, b += 4 * P) {
-      unroll<4>(EMO_UNROLLED(u) { product_step<T, kRows, Shape, true>(acc, a + u * P, b + u * P); });
+      unroll<4>(
+          EMO_UNROLLED(u) { product_step<T, kRows, Shape, true>(acc, a + u * P, b + u * P); });
     }
     for (; left > 0; --left, a += P, b += P) product_step<T, kRows, Shape, true>(acc, a, b);
     if (t.K > kPixelChunk) acc.add_sums(sums);
@@ -332,9 +342,9 @@ template <class T>
 void multiply_all(const T* a, int64_t a_stride, int64_t K, int64_t rows, const Blocked<T>& b,
                   int64_t b_row, const Blocked<T>& c, bool add) {
   for (int64_t p = 0; p < c.panels(); ++p) {
-    product<T, false>({a, a_stride, b.panel(p) + b_row * kPanel<T>, K, c.panel(p), rows, nullptr,
-                       add},
-                      c.width(p));
+    product<T, false>(
+        {a, a_stride, b.panel(p) + b_row * kPanel<T>, K, c.panel(p), rows, nullptr, add},
+        c.width(p));
   }
 }
 
@@ -343,9 +353,9 @@ template <class T>
 void multiply_transposed(const T* a, int64_t pixels, int64_t channels, const Blocked<T>& b,
                          const Blocked<T>& c, int64_t c_row) {
   for (int64_t p = 0; p < c.panels(); ++p) {
-    product<T, true>({a, 0, b.panel(p), pixels, c.panel(p) + c_row * kPanel<T>, channels, nullptr,
-                      true},
-                     c.width(p));
+    product<T, true>(
+        {a, 0, b.panel(p), pixels, c.panel(p) + c_row * kPanel<T>, channels, nullptr, true},
+        c.width(p));
   }
 }
 

@@ -13,7 +13,7 @@
 namespace emo_kernels::cpu {
 namespace {
 
-constexpr int64_t kSumRows = 8;
+constexpr int64_t kRowsInOneGo = 8;
 using Call = DepthwiseBackwardCall;
 
 // The taps that meet the rows (or columns) i of dx with i % stride = phase, last tap first: tap t
@@ -88,8 +88,7 @@ struct Layout {
     for (int64_t b = 0; b < phases; ++b) {
       const Phase phase(c, b);
       const int64_t columns = (c.W - b + c.stride - 1) / c.stride;
-      dy.columns =
-          max(dy.columns, dy.before + phase.origin + columns + phase.count * phase.reach);
+      dy.columns = max(dy.columns, dy.before + phase.origin + columns + phase.count * phase.reach);
     }
     const int64_t elements = dy.panel_stride() + (c.dweight ? x.panel_stride() + taps * P : 0);
     group = max<int64_t>(1, min(panels, kRingBytes / (elements * static_cast<int64_t>(sizeof(T)))));
@@ -215,7 +214,7 @@ class Gradient {
         for (int64_t r = max(x_loaded, max<int64_t>(0, top)); r < end; ++r) load_x(n, r, p0, p1);
         x_loaded = max(x_loaded, end);
         for (int64_t p = p0; p < p1; ++p) add_weight_rows(q, p, p - p0);
-        if (++summed == kSumRows || q + 1 == q1) {
+        if (++summed == kRowsInOneGo || q + 1 == q1) {
           flush(p0, p1);
           summed = 0;
         }
@@ -237,9 +236,8 @@ class Gradient {
     const int64_t C = c_.C, map_row = (n * l_.Ho + q) * l_.Wo;
     if (rows == nullptr) {
       fill_row(l_.dy, q, l_.Wo, map_row, C, p0, p1 - p0,
-               [&](int64_t at, int64_t count, int64_t) __attribute__((always_inline)) {
-                 return load_some<V>(grad + at, count);
-               });
+               [&](int64_t at, int64_t count, int64_t)
+                   __attribute__((always_inline)) { return load_some<V>(grad + at, count); });
       return;
     }
     fill_row(l_.dy, q, l_.Wo, map_row, C, p0, p1 - p0,
@@ -247,8 +245,7 @@ class Gradient {
                const T* const c = rows + channel;
                const V centred = load_some<V>(y + at, count) - load_some<V>(c + 3 * C, count);
                return fma(load_some<V>(c, count), load_some<V>(grad + at, count),
-                          fma(load_some<V>(c + C, count), centred,
-                              load_some<V>(c + 2 * C, count)));
+                          fma(load_some<V>(c + C, count), centred, load_some<V>(c + 2 * C, count)));
              });
   }
 
@@ -267,14 +264,13 @@ class Gradient {
   void load_x(int64_t n, int64_t r, int64_t p0, int64_t p1) {
     const T* const x = static_cast<const T*>(c_.x);
     fill_row(l_.x, r, c_.W, (n * c_.H + r) * c_.W, c_.C, p0, p1 - p0,
-             [&](int64_t at, int64_t count, int64_t) __attribute__((always_inline)) {
-               return load_some<V>(x + at, count);
-             });
+             [&](int64_t at, int64_t count, int64_t)
+                 __attribute__((always_inline)) { return load_some<V>(x + at, count); });
   }
 
   void add_weight_rows(int64_t q, int64_t p, int64_t g) {
-    WeightRow<T> row{l_.dy.first(g, q), nullptr, l_.Wo, min<int64_t>(P, c_.C - p * P), c_.K,
-                     c_.stride, c_.dilation, nullptr};
+    WeightRow<T> row{l_.dy.first(g, q), nullptr,     l_.Wo,  min<int64_t>(P, c_.C - p * P), c_.K,
+                     c_.stride,         c_.dilation, nullptr};
     for (int64_t t = 0; t < c_.K; ++t) {
       const int64_t y = q * c_.stride - c_.padding + t * c_.dilation;
       if (y < 0 || y >= c_.H) continue;
@@ -289,7 +285,7 @@ class Gradient {
       for (int64_t t = 0; t < l_.taps; ++t) {
         for (int64_t lane = 0; lane < P; lane += kLanesOf<T>) {
           T* const partial = l_.partial + ((p - p0) * l_.taps + t) * P + lane;
-          add_to_doubles<T>(l_.totals + (t * l_.panels + p) * P + lane, load<V>(partial));
+          Doubles<T>(load<V>(partial)).add_to(l_.totals + (t * l_.panels + p) * P + lane);
           store(partial, V{});
         }
       }

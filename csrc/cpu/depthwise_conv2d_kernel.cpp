@@ -64,9 +64,8 @@ class Convolution {
       const int64_t end = min(c_.H, top + l_.ring.rows);
       for (int64_t r = max(loaded, max<int64_t>(0, top)); r < end; ++r) {
         fill_row(l_.ring, r, c_.W, (n * c_.H + r) * c_.W, c_.C, p0, p1 - p0,
-                 [&](int64_t at, int64_t count, int64_t) __attribute__((always_inline)) {
-                   return load_some<V>(x + at, count);
-                 });
+                 [&](int64_t at, int64_t count, int64_t)
+                     __attribute__((always_inline)) { return load_some<V>(x + at, count); });
       }
       loaded = max(loaded, end);
       const int64_t next = min(c_.H, end + c_.stride);
@@ -121,8 +120,8 @@ void run(const DepthwiseCall& call, const Share& share) {
   const T *weight = static_cast<const T*>(call.weight), *pivot = static_cast<const T*>(call.pivot);
   const int64_t last = share_of(l.panels, share.thread + 1, share.threads);
   for (int64_t p = share_of(l.panels, share.thread, share.threads); p < last; ++p) {
-    pack_taps<T>(weight, call.C, call.K, p * P, call.K * call.K, l.weights + p * call.K * call.K * P,
-                 [](int64_t t) { return t; });
+    pack_taps<T>(weight, call.C, call.K, p * P, call.K * call.K,
+                 l.weights + p * call.K * call.K * P, [](int64_t t) { return t; });
     copy_padded<T>(pivot ? pivot + p * P : nullptr, min<int64_t>(P, call.C - p * P),
                    l.pivot + p * P, P);
   }
@@ -144,7 +143,8 @@ void run(const DepthwiseCall& call, const Share& share) {
     for (int64_t k = 0; k < 2; ++k) {
       double sum = 0.0;
       for (int t = 0; t < share.threads; ++t) {
-        sum += reinterpret_cast<const double*>(share.own + t * share.own_bytes)[k * l.panels * P + c];
+        sum +=
+            reinterpret_cast<const double*>(share.own + t * share.own_bytes)[k * l.panels * P + c];
       }
       call.sums[k * call.C + c] = sum;
     }

@@ -9,7 +9,8 @@
 namespace emo_kernels::cpu {
 namespace {
 
-constexpr int64_t kRingBytes = 384 << 10;  // of a group of channels, beside the rest in the L2 cache
+constexpr int64_t kRingBytes = 384
+                               << 10;  // of a group of channels, beside the rest in the L2 cache
 
 template <class T>
 struct Ring {
@@ -21,9 +22,7 @@ struct Ring {
     return data + panel * panel_stride() + y % rows * columns * kPanel<T>;
   }
   // The place of the map's column 0.
-  EMO_INLINE T* first(int64_t panel, int64_t y) const {
-    return row(panel, y) + before * kPanel<T>;
-  }
+  EMO_INLINE T* first(int64_t panel, int64_t y) const { return row(panel, y) + before * kPanel<T>; }
 };
 
 // Brings in a row: f(offset in the map, count, panel, lane) gives the vectors of its pixels.
@@ -81,8 +80,8 @@ struct MapEpilogue {
   }
   EMO_INLINE void finish() {
     if constexpr (kSums) {
-      add_to_doubles<T>(row.sums + lane, sum);
-      add_to_doubles<T>(row.squares + lane, square);
+      Doubles<T>(sum).add_to(row.sums + lane);
+      Doubles<T>(square).add_to(row.squares + lane);
       sum = square = V{};
     }
   }

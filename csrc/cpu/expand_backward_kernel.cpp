@@ -6,7 +6,8 @@
 //           in the L1 cache, and feeds both dn and dW: no map of the expanded width is written.
 // Traffic   reads grad, x, out_grad and residual once, writes dx once; weights and a thread's dW
 //           pass once every 224 pixels.
-// Numerics  products in the element type, dW over up to 224 pixels at a time; sums over pixels of up
+// Numerics  products in the element type, dW over up to 224 pixels at a time; sums over pixels of
+// up
 //           to 32 terms, those sums in double; threads in order.
 // Limits    ungrouped.
 #include "cpu/launch.h"
@@ -68,7 +69,7 @@ void differentiate(T* a, const T* d, const T* grad, int64_t M, int64_t rows, int
                     if (d) v += load<V>(d + i * P + lane);
                     v *= activate_slope<T, kAct>(load<V>(a + i * P + lane));
                     store(a + i * P + lane, v);
-                    sum += v;
+                    sum = v;
                   });
 }
 
@@ -106,9 +107,8 @@ void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
   const T* const drop = static_cast<const T*>(c.drop_scale);
   l.norm.forward(x, rows, l.n);
   if (c.out_grad) {
-    load_rows(static_cast<const T*>(c.out_grad) + first * c.O, c.O, rows, l.g, [&](int64_t i) {
-      return drop ? drop[(first + i) / c.pixels] : T(1);
-    });
+    load_rows(static_cast<const T*>(c.out_grad) + first * c.O, c.O, rows, l.g,
+              [&](int64_t i) { return drop ? drop[(first + i) / c.pixels] : T(1); });
   }
   const bool wants_dn = c.dx || c.sums;
   for (int64_t p = 0; p < l.forward.panels(); ++p) {
@@ -125,7 +125,8 @@ void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
     if (c.dweight) multiply_transposed(l.a, rows, channels, l.n, l.dweight, p * P);
   }
   if (!wants_dn) return;
-  if (c.norm_grad) add_to_blocked(static_cast<const T*>(c.norm_grad) + first * c.C, c.C, rows, l.dn);
+  if (c.norm_grad)
+    add_to_blocked(static_cast<const T*>(c.norm_grad) + first * c.C, c.C, rows, l.dn);
   if (c.sums) l.norm.add_sums(x, rows, l.dn, l.sums);
   if (c.dx == nullptr) return;
   const T* const residual = static_cast<const T*>(c.residual);
@@ -149,7 +150,8 @@ void run(const Call& call, const Share& share) {
       pack_straight(static_cast<const T*>(call.out_weight), call.O, l.skip, p);
     }
   });
-  each_of_mine(l.backward.panels(), share, [&](int64_t p) { pack_straight(weight, call.M, l.backward, p); });
+  each_of_mine(l.backward.panels(), share,
+               [&](int64_t p) { pack_straight(weight, call.M, l.backward, p); });
   if (share.thread == 0) {
     l.norm.fill(call.norm_weight, call.norm_bias, call.mean, call.invstd);
   }
@@ -160,7 +162,8 @@ void run(const Call& call, const Share& share) {
   each_step(call.N * call.pixels, l.most, share.thread, share.threads,
             [&](int64_t first, int64_t rows) { step(call, l, first, rows); });
   team_barrier();
-  if (call.dbias) each_of_mine(call.M, share, [&](int64_t m) { call.dbias[m] = total(l.dbias + m, share); });
+  if (call.dbias)
+    each_of_mine(call.M, share, [&](int64_t m) { call.dbias[m] = total(l.dbias + m, share); });
   if (call.sums) {
     each_of_mine(call.C, share, [&](int64_t c) {
       call.sums[c] = total(l.sums + c, share);

@@ -77,17 +77,17 @@ void run(const ExpandCall& call, const Share& share) {
   team_barrier();
   const T* const x = static_cast<const T*>(call.x);
   T* const out = static_cast<T*>(call.out);
-  each_step(call.N * call.pixels, l.most, share.thread, share.threads, [&](int64_t first,
-                                                                            int64_t rows) {
-    l.norm.forward(x + first * call.C, rows, l.n);
-    for (int64_t p = 0; p < l.weight.panels(); ++p) {
-      product<T, false>({l.n.data, l.n.stride(), l.weight.panel(p), call.C, l.tile, rows,
-                         l.bias + p * P, false},
-                        l.weight.width(p));
-      store_activated(call.act, l.tile, rows, l.weight.channels(p),
-                      out + first * call.M + p * P, call.M);
-    }
-  });
+  each_step(call.N * call.pixels, l.most, share.thread, share.threads,
+            [&](int64_t first, int64_t rows) {
+              l.norm.forward(x + first * call.C, rows, l.n);
+              for (int64_t p = 0; p < l.weight.panels(); ++p) {
+                product<T, false>({l.n.data, l.n.stride(), l.weight.panel(p), call.C, l.tile, rows,
+                                   l.bias + p * P, false},
+                                  l.weight.width(p));
+                store_activated(call.act, l.tile, rows, l.weight.channels(p),
+                                out + first * call.M + p * P, call.M);
+              }
+            });
 }
 
 template <class T>

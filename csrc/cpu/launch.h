@@ -47,7 +47,7 @@ EMO_DECLARE_KERNEL(AttentionBackwardCall, window_attention_backward_kernel);
 #define EMO_JOIN_(a, b, c) a##b##c
 #define EMO_JOIN(a, b, c) EMO_JOIN_(a, b, c)
 #if defined(EMO_ISA_PORTABLE)
-#define EMO_DEFINE_KERNEL(Call, name)                                                   \
+#define EMO_DEFINE_KERNEL(Call, name)                                               \
   const Kernel<Call>& EMO_JOIN(name##_, EMO_ISA, _f32)() { return kKernel<float>; } \
   const Kernel<Call>& name##_portable_f64() { return kKernel<double>; }
 #else

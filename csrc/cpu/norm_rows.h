@@ -35,7 +35,8 @@ struct NormRows {
   T *mean = nullptr, *invstd = nullptr;  // (C,) padded, shared: of the batch norm's statistics
   PixelMoments<T>* moments = nullptr;    // of the pixels at hand, own
 
-  static NormRows at(Norm norm, int64_t C, double eps, int64_t pixels, Places& shared, Places& own) {
+  static NormRows at(Norm norm, int64_t C, double eps, int64_t pixels, Places& shared,
+                     Places& own) {
     NormRows rows;
     rows.norm = norm;
     rows.C = C;
@@ -110,8 +111,8 @@ struct NormRows {
                       __attribute__((always_inline)) {
                         const int64_t c = p * P + lane;
                         const V v = load<V>(panel + i * P + lane);
-                        a += v;
-                        b = fma(v, factor(load_some<V>(x + i * C + c, count), i, c), b);
+                        a = v;
+                        b = factor(load_some<V>(x + i * C + c, count), i, c);
                       });
     }
   }

@@ -3,7 +3,7 @@
 // Tiling    a thread takes a contiguous share of the pixels, 32 of them at a time, a vector of
 //           channels running down them.
 // Traffic   one read of each operand, one write of the result; bound by memory.
-// Numerics  up to 32 terms are summed in the element type, those sums in double; threads in order.
+// Numerics  the element type; sums and the products in them in double, threads in order.
 // Limits    none on sizes.
 #include "cpu/blocked.h"
 #include "cpu/launch.h"
@@ -20,7 +20,9 @@ struct PixelSums {
 
   PixelSums(const PixelsCall& call, Places& own)
       : stride(ceil_div(call.C, kLanesOf<T>) * kLanesOf<T>),
-        rows(call.op == PixelsOp::kSqueeze ? call.N : call.sums ? 2 : 0) {
+        rows(call.op == PixelsOp::kSqueeze ? call.N
+             : call.sums                   ? 2
+                                           : 0) {
     data = own.take<double>(rows * stride);
   }
 };
@@ -60,44 +62,44 @@ void run_pixels(const PixelsCall& call, const Share& share) {
     return load_some<V>(rows + r * C + lane, count);
   };
   double *const first = sums.data, *const second = sums.data + sums.stride;
-  each_run(call.N, call.pixels, share.thread, share.threads, [&](int64_t n, int64_t p, int64_t count) {
-    for (int64_t begin = p; begin < p + count; begin += kFlushRows) {
-      const int64_t here = min(kFlushRows, p + count - begin), at = begin * C;
-      switch (call.op) {
-        case PixelsOp::kSums:
-          sum_rows<T>(here, C, first, second,
-                      [&](int64_t i, int64_t lane, int64_t left, V& a, V& b)
-                          __attribute__((always_inline)) {
-                            V v = load_some<V>(x + at + i * C + lane, left);
-                            if (pivot) v -= load_some<V>(pivot + lane, left);
-                            a += v;
-                            b = fma(v, v, b);
-                          });
-          break;
-        case PixelsOp::kBatchNormBackward:
-          for (int64_t i = 0; i < here; ++i) {
-            each_lane_of<T>(C, [&](int64_t lane, int64_t left) __attribute__((always_inline)) {
-              const int64_t k = at + i * C + lane;
-              const V centred = load_some<V>(x + k, left) - row(3, lane, left);
-              V v = fma(row(0, lane, left), load_some<V>(grad + k, left),
-                        fma(row(1, lane, left), centred, row(2, lane, left)));
-              if (residual) v += load_some<V>(residual + k, left);
-              store_some(out + k, v, left);
-            });
-          }
-          break;
-        case PixelsOp::kSqueeze:
-          sum_rows<T>(here, C, sums.data + n * sums.stride, nullptr,
-                      [&](int64_t i, int64_t lane, int64_t left, V& a, V&)
-                          __attribute__((always_inline)) {
-                            a += silu<T>(fma(load_some<V>(x + at + i * C + lane, left),
-                                             row(0, lane, left), row(1, lane, left)));
-                          });
-          break;
-        case PixelsOp::kSqueezeBackward:
-          sum_rows<T>(here, C, first, second,
-                      [&](int64_t i, int64_t lane, int64_t left, V& a, V& b)
-                          __attribute__((always_inline)) {
+  each_run(
+      call.N, call.pixels, share.thread, share.threads, [&](int64_t n, int64_t p, int64_t count) {
+        for (int64_t begin = p; begin < p + count; begin += kSumRows) {
+          const int64_t here = min(kSumRows, p + count - begin), at = begin * C;
+          switch (call.op) {
+            case PixelsOp::kSums:
+              sum_rows<T>(here, C, first, second,
+                          [&](int64_t i, int64_t lane, int64_t left, V& a, V& b)
+                              __attribute__((always_inline)) {
+                                V v = load_some<V>(x + at + i * C + lane, left);
+                                if (pivot) v -= load_some<V>(pivot + lane, left);
+                                a = b = v;
+                              });
+              break;
+            case PixelsOp::kBatchNormBackward:
+              for (int64_t i = 0; i < here; ++i) {
+                each_lane_of<T>(C, [&](int64_t lane, int64_t left) __attribute__((always_inline)) {
+                  const int64_t k = at + i * C + lane;
+                  const V centred = load_some<V>(x + k, left) - row(3, lane, left);
+                  V v = fma(row(0, lane, left), load_some<V>(grad + k, left),
+                            fma(row(1, lane, left), centred, row(2, lane, left)));
+                  if (residual) v += load_some<V>(residual + k, left);
+                  store_some(out + k, v, left);
+                });
+              }
+              break;
+            case PixelsOp::kSqueeze:
+              sum_rows<T>(here, C, sums.data + n * sums.stride, nullptr,
+                          [&](int64_t i, int64_t lane, int64_t left, V& a, V&)
+                              __attribute__((always_inline)) {
+                                a = silu<T>(fma(load_some<V>(x + at + i * C + lane, left),
+                                                row(0, lane, left), row(1, lane, left)));
+                              });
+              break;
+            case PixelsOp::kSqueezeBackward:
+              sum_rows<T>(here, C, first, second,
+                          [&](int64_t i, int64_t lane, int64_t left, V& a,
+                              V& b) __attribute__((always_inline)) {
                             const int64_t k = at + i * C + lane;
                             const V y = load_some<V>(x + k, left);
                             V value, slope;
@@ -106,13 +108,13 @@ void run_pixels(const PixelsCall& call, const Share& share) {
                             const V mean_grad = load_some<V>(means + n * C + lane, left) * inverse;
                             const V dz = fma(mean_grad, slope, load_some<V>(grad + k, left));
                             store_some(out + k, dz, left);
-                            a += dz;
-                            b = fma(dz, (y - row(2, lane, left)) * row(3, lane, left), b);
+                            a = dz;
+                            b = (y - row(2, lane, left)) * row(3, lane, left);
                           });
-          break;
-      }
-    }
-  });
+              break;
+          }
+        }
+      });
   if (sums.rows == 0) return;
   team_barrier();
   const int64_t total = sums.rows * C;

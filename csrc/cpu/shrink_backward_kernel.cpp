@@ -1,4 +1,5 @@
-// Computes  the gradients of out = residual + drop W t, t = local + gate c, c = silu(z), z = scale y
+// Computes  the gradients of out = residual + drop W t, t = local + gate c, c = silu(z), z = scale
+// y
 //           + shift, from g at out: dt = drop W^T g, dz = dt gate silu'(z), its sums, dW = (drop
 //           g)^T t, dgate = sum dt c, ddrop = sum (W^T g) t.
 // Tiling    up to 224 pixels at a time: g stays in the L2 cache while panels of expanded channels
@@ -18,14 +19,14 @@ using Call = ShrinkBackwardCall;
 
 template <class T>
 struct Layout {
-  int64_t most, padded;                // padded: channels in whole panels
-  Blocked<T> weight;                   // shared: (O, M)
-  T *scale, *shift, *mean, *invstd;    // shared
-  double *sums, *dgate, *ddrop;        // own: [2][padded], [N][padded], [N]
-  Blocked<T> dweight;                  // own: (O, M)
-  Blocked<T> g;                        // own
-  T *d, *t;                            // own: tiles of a panel
-  T* drop;                             // own: of the pixels at hand
+  int64_t most, padded;              // padded: channels in whole panels
+  Blocked<T> weight;                 // shared: (O, M)
+  T *scale, *shift, *mean, *invstd;  // shared
+  double *sums, *dgate, *ddrop;      // own: [2][padded], [N][padded], [N]
+  Blocked<T> dweight;                // own: (O, M)
+  Blocked<T> g;                      // own
+  T *d, *t;                          // own: tiles of a panel
+  T* drop;                           // own: of the pixels at hand
 
   Layout(const Call& c, Places& shared, Places& own) {
     constexpr int64_t P = kPanel<T>;
@@ -65,7 +66,12 @@ struct Panel {
   const T *y, *local, *gate;
 
   Panel(const Call& call, const Layout<T>& layout, int64_t p0, int64_t count, int64_t p)
-      : c(call), l(layout), first(p0), rows(count), m(p * P), channels(min<int64_t>(P, c.M - m)),
+      : c(call),
+        l(layout),
+        first(p0),
+        rows(count),
+        m(p * P),
+        channels(min<int64_t>(P, c.M - m)),
         y(static_cast<const T*>(c.y) + first * c.M + m),
         local(c.local ? static_cast<const T*>(c.local) + first * c.M + m : nullptr),
         gate(c.gate ? static_cast<const T*>(c.gate) + m : nullptr) {}
@@ -99,40 +105,55 @@ struct Panel {
                       if (local) t += load_some<V>(local + at, count);
                       if (c.drop_scale) t *= l.drop[i];
                       store(l.t + i * P + lane, t);
-                      a += dz;
-                      b = fma(dz, (value - load<V>(l.mean + m + lane)) * load<V>(l.invstd + m + lane),
-                              b);
+                      a = dz;
+                      b = (value - load<V>(l.mean + m + lane)) * load<V>(l.invstd + m + lane);
                       if (!c.behind_norm) dz *= load<V>(l.scale + m + lane);
                       if (dy) store_some(dy + at, dz, count);
                       if (dlocal) store_some(dlocal + at, dt, count);
                     });
   }
 
-  // dgate and ddrop, image by image.
-  void differentiate_images() const {
-    for (int64_t i0 = 0; i0 < rows;) {
-      const int64_t image = (first + i0) / c.pixels;
-      const int64_t i1 = min(rows, (image + 1) * c.pixels - first);
-      alignas(64) double of_drop[kPanel<T>];
-      fill_zero(of_drop, P);
-      double* const of_gate = c.dgate ? l.dgate + image * l.padded + m : nullptr;
-      // The drop's sum first: sum_rows may lack its second.
-      sum_rows<T>(i1 - i0, channels, of_drop, of_gate,
+  // silu(z), and t without the drop scale.
+  EMO_INLINE V recompute(int64_t i, int64_t lane, int64_t count, V& t) const {
+    const V value = silu<T>(z(load_some<V>(y + i * c.M + lane, count), lane));
+    t = value;
+    if (gate) t *= load_some<V>(gates(i) + lane, count);
+    if (local) t += load_some<V>(local + i * c.M + lane, count);
+    return value;
+  }
+
+  // dgate and ddrop of the pixels [i0, i1), of one image.
+  void differentiate_image(int64_t i0, int64_t i1) const {
+    const int64_t image = (first + i0) / c.pixels;
+    double* const none = nullptr;
+    if (c.dgate) {
+      sum_rows<T>(i1 - i0, channels, none, l.dgate + image * l.padded + m,
                   [&](int64_t k, int64_t lane, int64_t count, V& a, V& b)
                       __attribute__((always_inline)) {
-                        const int64_t i = i0 + k, at = i * c.M + lane;
-                        const V value = silu<T>(z(load_some<V>(y + at, count), lane));
-                        V t = value;
-                        if (gate) t *= load_some<V>(gates(i) + lane, count);
-                        if (local) t += load_some<V>(local + at, count);
-                        const V d = load<V>(l.d + i * P + lane);
-                        a = fma(d, t, a);
-                        b = fma(c.drop_scale ? d * l.drop[i] : d, value, b);
+                        V t;
+                        a = load<V>(l.d + (i0 + k) * P + lane);
+                        if (c.drop_scale) a *= l.drop[i0 + k];
+                        b = recompute(i0 + k, lane, count, t);
                       });
-      if (c.ddrop) {
-        for (int64_t lane = 0; lane < channels; ++lane) l.ddrop[image] += of_drop[lane];
-      }
-      i0 = i1;
+    }
+    if (c.ddrop) {
+      alignas(64) double sums[kPanel<T>];
+      fill_zero(sums, P);
+      sum_rows<T>(i1 - i0, channels, none, sums,
+                  [&](int64_t k, int64_t lane, int64_t count, V& a, V& b)
+                      __attribute__((always_inline)) {
+                        a = load<V>(l.d + (i0 + k) * P + lane);
+                        recompute(i0 + k, lane, count, b);
+                      });
+      for (int64_t lane = 0; lane < channels; ++lane) l.ddrop[image] += sums[lane];
+    }
+  }
+
+  void differentiate_images() const {
+    for (int64_t i = 0; i < rows;) {
+      const int64_t end = min(rows, ((first + i) / c.pixels + 1) * c.pixels - first);
+      differentiate_image(i, end);
+      i = end;
     }
   }
 };
@@ -152,8 +173,8 @@ void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
     if (c.dgate || c.ddrop) panel.differentiate_images();
     panel.differentiate();
     for (int64_t o = 0; c.dweight && o < l.g.panels(); ++o) {
-      product<T, true>({l.g.panel(o), 0, l.t, rows, l.dweight.panel(p) + o * P * P,
-                        l.g.channels(o), nullptr, true},
+      product<T, true>({l.g.panel(o), 0, l.t, rows, l.dweight.panel(p) + o * P * P, l.g.channels(o),
+                        nullptr, true},
                        width);
     }
   }
@@ -161,7 +182,6 @@ void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
 
 template <class T>
 void run(const Call& call, const Share& share) {
-  constexpr int64_t P = kPanel<T>;
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
   const Layout<T> l(call, shared, own);
   each_of_mine(l.weight.panels(), share, [&](int64_t p) {

@@ -21,7 +21,7 @@ struct Layout {
   HeadWeights<T> weights;  // shared
   Blocked<T> back;         // shared: Wqk as (2C, C)
   NormRows<T> norm;
-  T* first_dn;  // shared: of the first partition where there are two
+  T* first_dn;                        // shared: of the first partition where there are two
   double *dbias, *sums, *dv_padding;  // own: [padded], [2][padded], [M]
   Blocked<T> dweight;                 // own: (2C, C)
   int64_t* pixels;
@@ -144,7 +144,7 @@ void collect(const Call& c, const Layout<T>& l, int64_t head, int64_t rows, bool
       fill_zero(sums, P);
       sum_rows<T>(rows, l.dq.channels(p), sums, nullptr,
                   [&](int64_t i, int64_t lane, int64_t, V& a, V&) __attribute__((always_inline)) {
-                    a += load<V>(l.dq.panel(p) + i * P + lane);
+                    a = load<V>(l.dq.panel(p) + i * P + lane);
                   });
       for (int64_t j = 0; j < l.dq.channels(p); ++j) l.dbias[head * d + p * P + j] += sums[j];
     }

@@ -117,10 +117,9 @@ void run(const Call& call, const Share& share) {
   if (share.thread == 0) l.norm.fill(call.norm_weight, call.norm_bias, nullptr, nullptr);
   team_barrier();
   each_partition(call, l.plan, [&](const WindowPlan& plan, bool first, bool) {
-    each_step(plan.windows, plan.group, share.thread, share.threads,
-              [&](int64_t window, int64_t count) {
-                run_windows(call, l, plan, !first, window, count);
-              });
+    each_step(
+        plan.windows, plan.group, share.thread, share.threads,
+        [&](int64_t window, int64_t count) { run_windows(call, l, plan, !first, window, count); });
   });
 }
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
-from emo_kernels.cpu.batch_norm import batch_norm_sums
 
 
 def shrink_unsupported(y: Tensor, *_: Any, **__: Any) -> str | None:
@@ -29,17 +28,7 @@ def shrink(
     drop_scale: Tensor | None = None,
 ) -> Tensor:
     """residual + drop_scale[n] W (local + gate silu(scale y + shift)): (N, O, H, W)."""
-    n, m, h, w = y.shape
-    o, dtype = weight.shape[0], y.dtype
-    out = layout.new_map(y, n, o, h, w)
-    if out.numel() == 0:
-        return out
-    tensors = [layout.pixels(y), *(layout.dense(t, dtype) for t in (weight, scale, shift))]
-    tensors += [layout.dense_map(local), layout.dense_map(residual)]
-    tensors += [layout.dense(gate, dtype), layout.dense(drop_scale, dtype), out]
-    pointers = layout.addresses(*tensors)
-    _C.shrink(layout.DTYPES[dtype], pointers, (n, h * w, m, o), torch.get_num_threads())
-    return out
+    return _shrink((y, weight, scale, shift, local, residual, gate, drop_scale), None, None)
 
 
 def shrink_statistics(
@@ -53,9 +42,27 @@ def shrink_statistics(
     drop_scale: Tensor | None,
     pivot: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`shrink`, and its (2, O) float64 sums around the pivot."""
-    out = shrink(y, weight, scale, shift, local, residual, gate, drop_scale)
-    return out, batch_norm_sums(out, pivot)
+    """:func:`shrink` and, from the same pass, its (2, O) float64 sums around the pivot."""
+    sums = layout.doubles(2, weight.shape[0])
+    arguments = (y, weight, scale, shift, local, residual, gate, drop_scale)
+    return _shrink(arguments, pivot, sums), sums
+
+
+def _shrink(arguments: tuple[Any, ...], pivot: Tensor | None, sums: Tensor | None) -> Tensor:
+    y, weight, scale, shift, local, residual, gate, drop_scale = arguments
+    n, m, h, w = y.shape
+    o, dtype = weight.shape[0], y.dtype
+    out = layout.new_map(y, n, o, h, w)
+    if out.numel() == 0:
+        if sums is not None:
+            sums.zero_()
+        return out
+    tensors = [layout.pixels(y), *(layout.dense(t, dtype) for t in (weight, scale, shift))]
+    tensors += [layout.dense_map(local), layout.dense_map(residual)]
+    tensors += [layout.dense(t, dtype) for t in (gate, drop_scale, pivot)]
+    pointers = layout.addresses(*tensors, out, sums)
+    _C.shrink(layout.DTYPES[dtype], pointers, (n, h * w, m, o), torch.get_num_threads())
+    return out
 
 
 def shrink_backward(
