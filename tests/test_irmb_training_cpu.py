@@ -65,7 +65,7 @@ def test_the_local_gradient_may_be_kept_or_recomputed(
     has = backends.has
 
     def prefers(name: str, operator: str) -> Any:
-        return kept if operator == "KEEPS_LOCAL_GRADIENT" else has(name, operator)
+        return kept if operator == "keeps_local_gradient" else has(name, operator)
 
     monkeypatch.setattr(backends, "has", prefers)
     row = shapes.rows("ragged_c21")[0]

@@ -14,7 +14,7 @@ from emo_kernels.cpu.depthwise_conv2d import (
 )
 from emo_kernels.cpu.expand import expand, expand_backward, expand_unsupported
 from emo_kernels.cpu.irmb import irmb, irmb_bind, irmb_unsupported
-from emo_kernels.cpu.irmb_training import irmb_training_unsupported
+from emo_kernels.cpu.irmb_training import irmb_training_unsupported, keeps_local_gradient
 from emo_kernels.cpu.shrink import (
     shrink,
     shrink_backward,
@@ -28,11 +28,7 @@ from emo_kernels.cpu.window_attention import (
     window_attention_unsupported,
 )
 
-# A processor writes and reads a map sooner than it multiplies for it again: ``ops.irmb_step`` asks.
-KEEPS_LOCAL_GRADIENT = True
-
 __all__ = [
-    "KEEPS_LOCAL_GRADIENT",
     "batch_norm_backward",
     "batch_norm_backward_finalize",
     "batch_norm_finalize",
@@ -48,6 +44,7 @@ __all__ = [
     "irmb_bind",
     "irmb_training_unsupported",
     "irmb_unsupported",
+    "keeps_local_gradient",
     "shrink",
     "shrink_backward",
     "shrink_statistics",

@@ -18,3 +18,11 @@ def irmb_training_unsupported(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -
         return f"the cpu kernels have no grouped expansion, got v_groups = {spec.v_groups}"
     assert weights.dw_weight is not None
     return depthwise_conv2d_unsupported(x, weights.dw_weight)
+
+
+def keeps_local_gradient() -> bool:
+    """Whether the gradient of the local skip is kept as a map: sooner here than its product again.
+
+    A namespace without this function has it recomputed by the expansion's gradient.
+    """
+    return True

@@ -91,7 +91,7 @@ class Step:
         self.expands = weights.v_weight is not None and not self.attends_over_v
         self.conv = (spec.stride, spec.padding, spec.dilation, plan.backend)
         # What the local skip sends back is a map, or recomputed by the expansion's gradient.
-        keeps = not self.expands or backends.has(plan.backend, "KEEPS_LOCAL_GRADIENT")
+        keeps = not self.expands or backends.has(plan.backend, "keeps_local_gradient")
         self.writes_local = spec.skip and keeps
         assert weights.proj_weight is not None
         self.proj = weights.proj_weight
