@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # 2.13.0 is the version this is measured with; any torch >= 2.10 works: make TORCH=torch test
 TORCH ?= torch==2.13.0
+# A CUDA build of torch brings the triton it is made for, and keeps it; beside a CPU build this one
+# interprets the kernels in the tests.
+TRITON ?= triton==3.7.1
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -46,6 +49,9 @@ ifneq ($(strip $(VENV)),)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet "$(TORCH)"
 	$(PY) -m pip install --quiet "cmake>=3.24" ninja
+ifeq ($(shell uname -s),Linux)
+	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --quiet "$(TRITON)"
+endif
 endif
 	mkdir -p $(STAMPS) && touch $@
 

@@ -1,16 +1,23 @@
-"""Seeds, threads, and the parametrisation of tests over backends, rows and dtypes."""
+"""Triton's interpreter, seeds, threads, and tests over backends, rows and dtypes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import hypothesis
+import interpreter
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton's kernels run in its interpreter; natively on a GPU
+    interpreter.switch_on()
 
 pytest.register_assert_rewrite("contract", "numerics", "tolerance", "memory")
 
 import grid  # noqa: E402  (after its helpers are registered)
+
+if grid.INTERPRETED:
+    interpreter.install()
 
 hypothesis.settings.register_profile(
     "default",

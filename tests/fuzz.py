@@ -11,7 +11,7 @@ from typing import Any
 import memory
 import pytest
 from contract import OperatorContract
-from grid import DTYPES, refusal
+from grid import DTYPES, refusal, slow_motion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import Layouts
@@ -93,7 +93,7 @@ class FuzzContract(OperatorContract):
         one()
 
     def test_fuzz(self, backend: str) -> None:
-        self.fuzz(backend, examples=60)
+        self.fuzz(backend, examples=20 if slow_motion(backend) else 60)
 
     @pytest.mark.slow
     def test_fuzz_at_length(self, backend: str) -> None:

@@ -7,10 +7,12 @@ one case for each combination that the backend says it supports, with ids such a
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import shapes
@@ -18,6 +20,7 @@ import torch
 from cases import CASES, positional
 from numerics import Case
 from shapes import Row
+from torch import Tensor
 
 from emo_kernels import backends
 from emo_kernels.spec import IRMBWeights
@@ -28,6 +31,8 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+# Triton runs in its interpreter, on the CPU (see interpreter.py).
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and bool(importlib.util.find_spec("triton"))
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _Test = TypeVar("_Test", bound=Callable[..., Any])
@@ -35,24 +40,32 @@ _Test = TypeVar("_Test", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows (None: all that differ for the operator) and dtypes of a test, by backend."""
+    """Rows (None: all that differ for the operator) and dtypes of a test, by backend.
+
+    ``covered``: whether another test makes the same checks and more.
+    """
 
     rows: tuple[str, ...] | None
     dtypes: tuple[str, ...]
     reference_dtypes: tuple[str, ...]
+    covered: bool = False
 
 
 def over(
-    *rows: str, dtypes: Iterable[str] = tuple(DTYPES), reference: Iterable[str] = ("fp64",)
+    *rows: str,
+    dtypes: Iterable[str] = tuple(DTYPES),
+    reference: Iterable[str] = ("fp64",),
+    covered: bool = False,
 ) -> Callable[[_Test], _Test]:
     """Run a test over ``rows`` (names, or lists of the class; none: all) in ``dtypes``.
 
     Rows from a list of the class whose name ends in ``_slow`` run with the slow tests.
     The reference runs in the dtypes ``reference`` only: in any other it is the very yardstick.
+    Triton's interpreter takes large rows in one dtype by default, in turn; in none if ``covered``.
     """
 
     def mark(test: _Test) -> _Test:
-        test.grid = Grid(rows or None, tuple(dtypes), tuple(reference))  # type: ignore[attr-defined]
+        test.grid = Grid(rows or None, tuple(dtypes), tuple(reference), covered)  # type: ignore[attr-defined]
         return test
 
     return mark
@@ -66,7 +79,60 @@ def reference_is_slow(test: _Test) -> _Test:
 
 def device_of(backend: str) -> str:
     """Where the tensors of a backend live."""
-    return "cuda" if backend in ("triton", "cuda") else "cpu"
+    on_gpu = backend == "cuda" or (backend == "triton" and not INTERPRETED)
+    return "cuda" if on_gpu else "cpu"
+
+
+def slow_motion(backend: str) -> bool:
+    """Whether the backend runs in an interpreter here, some 5 ms a program."""
+    return backend == "triton" and INTERPRETED
+
+
+class Share(NamedTuple):
+    """What the default run has the interpreter do, in multiplications of a row's 1x1 convolutions:
+
+    up to ``light`` in every dtype, up to ``heavy`` in one of them, in turn; the others are slow.
+    """
+
+    light: int
+    heavy: int
+
+
+ITS_OWN = Share(400_000, 40_000_000)  # the rows that differ for the operator
+NAMED = Share(100_000, 40_000_000)  # rows that a test names, to repeat them in many ways
+WHOLE_BLOCKS = Share(0, 700_000)  # five operators each, which have their own tests
+
+
+def share_of(operator: str, grid: Grid) -> Share:
+    """What is affordable of one test: 5 ms a program, and numpy's own time."""
+    if operator == "irmb":
+        return WHOLE_BLOCKS
+    return ITS_OWN if grid.rows is None else NAMED
+
+
+def work(row: Row) -> int:
+    """Multiplications of the row's 1x1 convolutions."""
+    return row.n * row.h * row.w * row.m * (row.c + row.o)
+
+
+def placed(backend: str, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The tensors where the backend wants them."""
+    device = device_of(backend)
+    return {name: None if t is None else t.to(device) for name, t in tensors.items()}
+
+
+def on_device_of(backend: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``call`` for tensors on any device; the result is where the first of them was."""
+    device = device_of(backend)
+    if device == "cpu":
+        return call
+
+    def moved(**arguments: Any) -> Tensor:
+        home = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+        there = {n: a.to(device) if isinstance(a, Tensor) else a for n, a in arguments.items()}
+        return call(**there).to(home)
+
+    return moved
 
 
 def implementing(operator: str) -> list[str]:
@@ -100,9 +166,14 @@ def combinations(operator: str, grid: Grid, named: Mapping[str, Sequence[str]]) 
         rows = [(shapes.rows(name)[0], slow) for name, slow in listed]
     for backend in implementing(operator):
         dtypes = grid.dtypes if backend != "reference" else grid.reference_dtypes
-        for row, slow in rows:
-            for dtype in dtypes:
-                if refusal_of_row(operator, backend, row, dtype) is None:
-                    marks = [pytest.mark.slow] if slow else []
-                    label = f"{backend}-{row.name}-{dtype}"
-                    yield pytest.param(backend, row, DTYPES[dtype], id=label, marks=marks)
+        for place, (row, slow) in enumerate(rows):
+            taken = [d for d in dtypes if refusal_of_row(operator, backend, row, d) is None]
+            for dtype in taken:
+                marked = slow
+                if slow_motion(backend):
+                    light, heavy = share_of(operator, grid)
+                    in_turn = dtype == taken[place % len(taken)] and not grid.covered
+                    marked |= work(row) > (heavy if in_turn else light)
+                marks = [pytest.mark.slow] if marked else []
+                label = f"{backend}-{row.name}-{dtype}"
+                yield pytest.param(backend, row, DTYPES[dtype], id=label, marks=marks)

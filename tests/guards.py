@@ -8,15 +8,17 @@ last line printed names the call that died.
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import sys
 from dataclasses import replace
 
+import interpreter
 import memory
 import shapes
 import torch
 from cases import CASES, function
-from grid import DTYPES, refusal
+from grid import DTYPES, INTERPRETED, refusal, slow_motion
 from numerics import MAPS, Case, round_all, run
 from torch import Tensor
 
@@ -60,14 +62,16 @@ def _guarded(name: str, tensor: Tensor | None, layout: str, side: str) -> Tensor
 
 
 def pages(operator: str, backend: str, case: Case, label: str) -> None:
-    """Each side, each dense layout."""
+    """Each side, each dense layout; in the interpreter each of both once."""
     want = calls(operator, backend, case)
-    for side in ("right", "left"):
-        for layout in ("contiguous", "channels_last"):
-            print(label, side, layout, flush=True)
-            tensors = {n: _guarded(n, t, layout, side) for n, t in case.tensors.items()}
-            got = calls(operator, backend, replace(case, tensors=tensors))
-            assert_same(got, want, backend)
+    pairs = itertools.product(("right", "left"), ("contiguous", "channels_last"))
+    if slow_motion(backend):
+        pairs = (("right", "channels_last"), ("left", "contiguous"))
+    for side, layout in pairs:
+        print(label, side, layout, flush=True)
+        tensors = {n: _guarded(n, t, layout, side) for n, t in case.tensors.items()}
+        got = calls(operator, backend, replace(case, tensors=tensors))
+        assert_same(got, want, backend)
 
 
 def far(operator: str, backend: str, case: Case, label: str) -> None:
@@ -82,14 +86,19 @@ def far(operator: str, backend: str, case: Case, label: str) -> None:
             assert_same(got, want, backend)
 
 
+def _some(dtypes: tuple[str, ...], place: int) -> tuple[str, ...]:
+    return (dtypes[place % min(len(dtypes), 3)],)  # fp64 is the fourth
+
+
 def main(mode: str, operator: str, backend: str, *names: str) -> None:
-    """Run every row in every dtype that the backend takes."""
+    """Run every row in every dtype that the backend takes; the interpreter in one, in turn."""
     torch.set_num_threads(1)
+    if INTERPRETED:
+        interpreter.install()
     done = 0
-    for row in shapes.rows(*names):
-        for dtype in ("fp32", "bf16", "fp16", "fp64"):
-            if mode == "far" and dtype != "fp32":
-                continue
+    for place, row in enumerate(shapes.rows(*names)):
+        dtypes = ("fp32", "bf16", "fp16", "fp64") if mode == "pages" else ("fp32",)
+        for dtype in _some(dtypes, place) if slow_motion(backend) else dtypes:
             case = CASES[operator](replace(row, n=3))
             case.tensors = round_all(case.tensors, DTYPES[dtype])
             if refusal(operator, backend, case, DTYPES[dtype]) is None:

@@ -5,7 +5,7 @@ Everything a test of a kernel needs is importable from here; the rule itself is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ __all__ = [
     "assert_equal",
     "assert_kernel_close",
     "assert_structural_zero",
+    "check_draws",
     "check_operator",
     "grad_output_like",
     "round_all",
@@ -162,6 +163,47 @@ def check_operator(
             assert_equal(actual, truth.want[key], name=f"{name}: {key}")
         return []
     return [_compare(key, actual, truth, f"{name}: {key}") for key, actual in got.items()]
+
+
+def check_draws(
+    function: Function,
+    reference: Function,
+    cases: Sequence[Case],
+    dtype: torch.dtype,
+    *,
+    oracle: Function,
+    device: str,
+    name: str,
+) -> list[Comparison]:
+    """The rule over several draws of one call, as if they were one larger call.
+
+    A result of one number gives one error, and the yardstick's single error is as likely tiny as
+    not: which of two honest kernels is nearer is then a matter of luck. Over some draws it is not.
+    """
+    pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for case in cases:
+        rounded = round_all(case.tensors, dtype)
+        wanted = case.differentiable()
+        grad = _rounded_grad_output(oracle, rounded, case, dtype, exact=False)
+        truth = _Truth(oracle, reference, rounded, grad, case, wanted, dtype)
+        got = run(
+            function, _laid_out(rounded, DENSE, device), case.options, wanted, grad.to(device)
+        )
+        for key, actual in got.items():
+            if key in case.dead:
+                continue
+            pooled.setdefault(key, []).append((actual, truth.want[key], truth.eager[key]))
+    return [_compare_pool(f"{name}: {key}", draws, dtype) for key, draws in pooled.items()]
+
+
+def _compare_pool(
+    label: str, draws: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype
+) -> Comparison:
+    got, want, eager = (
+        torch.cat([tensor.detach().cpu().flatten() for tensor in part])
+        for part in zip(*draws, strict=True)
+    )
+    return assert_kernel_close(got, want, eager, dtype, name=label, gradient=True)
 
 
 @dataclass

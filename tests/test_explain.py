@@ -113,7 +113,7 @@ def test_environment_variable_chooses_or_raises():
     assert "EMO_KERNELS_BACKEND must be one of" in unknown.stderr
     assert "did you mean 'cuda'" in unknown.stderr
     if not torch.cuda.is_available():
-        unusable = run_python(code, EMO_KERNELS_BACKEND="triton")
+        unusable = run_python(code, EMO_KERNELS_BACKEND="triton", TRITON_INTERPRET="0")
         assert "EMO_KERNELS_BACKEND 'triton' cannot run this call" in unusable.stderr
         assert "backends that can: " in unusable.stderr
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import registered, registered_arguments
 from contract import OperatorContract
-from grid import implementing, over, refusal
+from grid import device_of, implementing, over, placed, refusal
 from numerics import MAPS, Case, Layouts, check_operator, round_all, run
 from shapes import Row
 from torch import Tensor
@@ -135,12 +135,13 @@ class TransformContract(OperatorContract):
             layouts=Layouts(maps=layout, grad=layout),
             gradients=layout == "contiguous" or self.owns_gradient(backend, dtype),
             name=f"torch.ops.emo_kernels.{self.operator}",
+            device=device_of(backend),
         )
 
     @over("checked", "checked_slow", dtypes=("fp32",), reference=("fp32",))
     def test_opcheck(self, backend: str, row: Row, dtype: torch.dtype) -> None:
         case = self.case(row)
-        values = round_all(case.tensors, dtype)
+        values = placed(backend, round_all(case.tensors, dtype))
         for name in case.differentiable():
             values[name].requires_grad_()  # type: ignore[union-attr]
         arguments = registered_arguments(self.operator, replace(case, tensors=values), backend)
@@ -158,7 +159,7 @@ class TransformContract(OperatorContract):
             compiled = torch.compile(call, backend=counter, fullgraph=True)
             for h, w in ((row.h + 5, row.w + 3), (row.h + 6, row.w + 10), (row.h + 11, row.w + 4)):
                 case = self.case(replace(row, h=h, w=w))
-                inputs = round_all(case.tensors, dtype)
+                inputs = placed(backend, round_all(case.tensors, dtype))
                 wanted = case.differentiable()
                 grad = torch.ones_like(run(call, inputs, case.options)["out"])
                 want = run(call, inputs, case.options, wanted, grad)
@@ -180,7 +181,7 @@ class TransformContract(OperatorContract):
                 return kernel(**tensors, **traced.options)
 
         def present(case: Case) -> dict[str, Tensor]:
-            rounded = round_all(case.tensors, dtype)
+            rounded = placed(backend, round_all(case.tensors, dtype))
             return {n: t for n, t in rounded.items() if t is not None}
 
         free = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}

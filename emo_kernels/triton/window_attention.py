@@ -4,8 +4,8 @@ Computes: n = norm(x), zero at padding; [q; k] = Wqk n + bqk; A = softmax(q k^T 
     window and head; out = A n, or A act(Wv n + bv) with values from the expand kernel (SPEC.md 1.1,
     reference/window_attention.py). Without Wqk q = k = n. Mode ``both`` adds two partitions.
 Tiling: a program owns one window of up to 128 tokens, padded to a power of two, and some of its
-    heads, one after the other; the score matrix stays in registers. Larger windows:
-    window_attention_large.py.
+    heads, one after the other; the score matrix stays in registers. What does not fit
+    (window_tiles.one_tile): window_attention_large.py.
 Traffic: x once from memory (the passes over C of the projections hit L1), Wqk from L2 once a
     window, out once: 2 C elements a pixel; with expanded values C + 2 M. A 7 x 7 window of C = 160
     takes 5.0 MFLOP of projection and 3.1 MFLOP of attention on 31 KB: 260 FLOP a byte.

@@ -144,6 +144,8 @@ def _input_rule(arch: int, *, p: int, c: int, itemsize: int) -> dict[str, int]:
             "num_warps": 4,
             "num_stages": 1,
         }
+    if c % 4:  # no vector access fits a row: addresses take the registers
+        return {"BLOCK_P": 64, "BLOCK_C": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
     block_p = 128 if itemsize == 2 and p >= 128 * 264 else 64  # two programs for each of 132 SMs
     return {
         "BLOCK_P": block_p,

@@ -1,4 +1,4 @@
-"""Window attention, forward, for windows of more than 128 tokens, up to a whole map.
+"""Window attention, forward, for windows that one tile does not hold, up to a whole map.
 
 Computes: as window_attention.py, in two steps: a map of [q; k] (and of n = norm(x), the values, if
     they are not expanded), then attention with the softmax taken block by block of keys.
@@ -246,8 +246,8 @@ def large_rule(arch: int, *, p: int, d: int, v: int, t: int, itemsize: int) -> d
     return {
         "BLOCK_T": 64 if itemsize == 2 else 16,
         "BLOCK_V": min(64 if itemsize == 2 else 32, head_block(v)),
-        "num_warps": warps_for(64, d, itemsize) if itemsize == 2 else 4,
-        "num_stages": 2,
+        "num_warps": 8 if d > 32 else warps_for(64, d, itemsize),
+        "num_stages": 2 if itemsize == 2 else 1,
     }
 
 

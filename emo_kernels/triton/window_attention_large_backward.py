@@ -1,4 +1,4 @@
-"""Window attention, backward, for windows of more than 128 tokens, up to a whole map.
+"""Window attention, backward, for windows that one tile does not hold, up to a whole map.
 
 Computes: as window_attention_backward.py from maps of n, q and k, in three kernels: dq (with each
     row's largest score, sum and rowsum(A dA), in a first walk over the keys), dk, dV.

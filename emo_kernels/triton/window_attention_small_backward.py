@@ -184,11 +184,12 @@ def backward_rule(
             "num_warps": 4,
             "num_stages": 1,
         }
+    narrow = arch < 90 and v > d  # mma.sync holds both operands of dA and dV in registers
     return {
         "BLOCK_C": min(32, head_block(c)),
-        "BLOCK_V": min(64 if block_t < 128 else 32, head_block(v)),
+        "BLOCK_V": min(32 if narrow or block_t == 128 else 64, head_block(v)),
         "HEADS": 1,  # a loop over heads keeps 45 more registers alive
-        "num_warps": warps_for(block_t, d, itemsize),
+        "num_warps": 8 if narrow and block_t == 64 else warps_for(block_t, d, itemsize),
         "num_stages": 2,
     }
 

@@ -73,7 +73,7 @@ def one_tile(x: Tensor, windows: Windows, head_dim: int, values: int) -> bool:
     fp32 operands of a dot live in registers too, where 16-bit ones come from shared memory.
     """
     if x.element_size() == 2 or interpreting():
-        return windows.tokens <= 128
+        return windows.tokens <= (128 if head_dim <= 32 and values <= 64 else 64)
     return windows.tokens <= 64 and max(head_dim, values) <= 32
 
 
