@@ -14,7 +14,9 @@ namespace {
 
 constexpr int64_t kSumRows = 32;  // pixels whose channels are summed vector by vector
 
-constexpr int64_t kPixelChunk = 56;  // pixels whose products are added in one go
+// Pixels whose products are added in one go: fewer of a narrow map, where the time is elsewhere.
+template <class Shape>
+constexpr int64_t kPixelChunk = Shape::kWidth > Shape::kLanes ? 56 : 16;
 
 // Hands out 64-byte aligned places of a buffer one after the other; of a null buffer it counts.
 struct Places {
@@ -255,9 +257,10 @@ void product_tile(const Product<T>& t, const T* a, T* c, int64_t valid) {
   const T* b = t.b;
   if constexpr (kTransposed) {
     alignas(64) T sums[kRows * Shape::kWidth];
+    constexpr int64_t kChunkNow = kPixelChunk<Shape>;
     int64_t left = t.K;
-    for (; left > kPixelChunk; left -= kPixelChunk) {
-      for (int64_t k = 0; k < kPixelChunk; k += 4, a += 4 * P, b += 4 * P) {
+    for (; left > kChunkNow; left -= kChunkNow) {
+      for (int64_t k = 0; k < kChunkNow; k += 4, a += 4 * P, b += 4 * P) {
         unroll<4>(
             EMO_UNROLLED(u) { product_step<T, kRows, Shape, true>(acc, a + u * P, b + u * P); });
       }
@@ -270,7 +273,7 @@ void product_tile(const Product<T>& t, const T* a, T* c, int64_t valid) {
           EMO_UNROLLED(u) { product_step<T, kRows, Shape, true>(acc, a + u * P, b + u * P); });
     }
     for (; left > 0; --left, a += P, b += P) product_step<T, kRows, Shape, true>(acc, a, b);
-    if (t.K > kPixelChunk) acc.add_sums(sums);
+    if (t.K > kChunkNow) acc.add_sums(sums);
   } else {
     for (int64_t left = t.K; left > 0; left -= P, a += t.a_stride) {
       const int64_t depth = min<int64_t>(left, P);
