@@ -57,6 +57,157 @@ struct IrmbCall {
 
 void irmb(const IrmbCall& call);
 
+// ---- one training step, operator by operator ----------------------------------------------------
+// Maps are (pixels, C) matrices in the element type; vectors likewise; sums in double. A null
+// result is not computed, a null operand is absent.
+
+constexpr int64_t kMostTaps = 64;
+
+enum class PixelsOp : int { kSums = 0, kBatchNormBackward = 1, kSqueeze = 2, kSqueezeBackward = 3 };
+
+// Batch norm and squeeze-excite over the pixels of a map.
+//   kSums               sums = sum (x - pivot), sum (x - pivot)^2
+//   kBatchNormBackward  out = c1 grad + c2 (x - mean) + c3 (+ residual)
+//   kSqueeze            means[n] = mean silu(scale x + shift)
+//   kSqueezeBackward    out = grad + means[n] / pixels silu'(scale x + shift),
+//                       sums = sum out, sum out (x - mean) invstd
+struct PixelsCall {
+  DType dtype = DType::kFloat32;
+  PixelsOp op = PixelsOp::kSums;
+  const void *x = nullptr, *grad = nullptr, *residual = nullptr;  // (N, pixels, C)
+  const void* pivot = nullptr;                                    // (C,)
+  const void* rows = nullptr;                                     // (4, C) affine or coefficients
+  void* means = nullptr;                                          // (N, C), read or written
+  void* out = nullptr;                                            // (N, pixels, C)
+  double* sums = nullptr;                                         // (2, C)
+  int64_t N = 0, pixels = 0, C = 0;
+  int threads = 1;
+};
+
+// y = w * x, and sums = sum (y - pivot), sum (y - pivot)^2.
+struct DepthwiseCall {
+  DType dtype = DType::kFloat32;
+  const void *x = nullptr, *weight = nullptr;  // (N, H, W, C), (C, K, K)
+  const void* pivot = nullptr;                 // (C,)
+  void* y = nullptr;                           // (N, Ho, Wo, C)
+  double* sums = nullptr;                      // (2, C)
+  int64_t N = 0, C = 0, H = 0, W = 0, K = 0, stride = 1, padding = 0, dilation = 1;
+  int threads = 1;
+};
+
+// dy = grad, or c1 grad + c2 (y - mean) + c3; dx (+ local_grad) and dw of the convolution.
+struct DepthwiseBackwardCall {
+  DType dtype = DType::kFloat32;
+  const void *grad = nullptr, *x = nullptr, *weight = nullptr;
+  const void *y = nullptr, *coefficients = nullptr;  // (N, Ho, Wo, C), (4, C)
+  const void* local_grad = nullptr;                  // (N, H, W, C)
+  void *dx = nullptr, *dweight = nullptr;
+  int64_t N = 0, C = 0, H = 0, W = 0, K = 0, stride = 1, padding = 0, dilation = 1;
+  int threads = 1;
+};
+
+// out = act(W norm(x) + b).
+struct ExpandCall {
+  DType dtype = DType::kFloat32;
+  const void *x = nullptr, *weight = nullptr, *bias = nullptr;  // (N pixels, C), (M, C), (M,)
+  const void *norm_weight = nullptr, *norm_bias = nullptr;      // (C,)
+  void* out = nullptr;                                          // (N pixels, M)
+  int64_t N = 0, pixels = 0, C = 0, M = 0;
+  Norm norm = Norm::kNone;
+  Activation act = Activation::kNone;
+  double eps = 1e-6;
+  int threads = 1;
+};
+
+// The gradient at out is grad + drop_scale[n] out_weight^T out_grad. sums = sum dn, sum dn h with
+// h = (x - mean) invstd where mean is given, else x (affine) or xhat (layer). dx is the gradient
+// behind the norm's own (`behind_norm`: at norm(x)) plus residual; norm_grad is added to dn.
+struct ExpandBackwardCall {
+  DType dtype = DType::kFloat32;
+  const void *grad = nullptr, *x = nullptr, *weight = nullptr, *bias = nullptr;
+  const void *norm_weight = nullptr, *norm_bias = nullptr, *mean = nullptr, *invstd = nullptr;
+  const void *out_grad = nullptr, *out_weight = nullptr, *drop_scale = nullptr;
+  const void *residual = nullptr, *norm_grad = nullptr;  // (N pixels, C)
+  void *dx = nullptr, *dweight = nullptr;
+  double *dbias = nullptr, *sums = nullptr;  // (M,), (2, C)
+  int64_t N = 0, pixels = 0, C = 0, M = 0, O = 0;
+  Norm norm = Norm::kNone;
+  Activation act = Activation::kNone;
+  bool behind_norm = false;
+  double eps = 1e-6;
+  int threads = 1;
+};
+
+// out = residual + drop_scale[n] W (local + gate[n] silu(scale y + shift)), and sums = sum (out -
+// pivot), sum (out - pivot)^2.
+struct ShrinkCall {
+  DType dtype = DType::kFloat32;
+  const void *y = nullptr, *weight = nullptr;         // (N pixels, M), (O, M)
+  const void *scale = nullptr, *shift = nullptr;      // (M,)
+  const void *local = nullptr, *residual = nullptr;   // (N pixels, M), (N pixels, O)
+  const void *gate = nullptr, *drop_scale = nullptr;  // (N, M), (N,)
+  const void* pivot = nullptr;                        // (O,)
+  void* out = nullptr;
+  double* sums = nullptr;  // (2, O)
+  int64_t N = 0, pixels = 0, M = 0, O = 0;
+  int threads = 1;
+};
+
+// dy = scale dz, or dz (`behind_norm`); sums = sum dz, sum dz h with h = (y - mean) invstd where
+// mean is given, else y.
+struct ShrinkBackwardCall {
+  DType dtype = DType::kFloat32;
+  const void *grad = nullptr, *y = nullptr, *weight = nullptr, *scale = nullptr, *shift = nullptr;
+  const void *local = nullptr, *gate = nullptr, *drop_scale = nullptr;
+  const void *mean = nullptr, *invstd = nullptr;
+  void *dy = nullptr, *dweight = nullptr, *dlocal = nullptr;
+  double *sums = nullptr, *dgate = nullptr, *ddrop = nullptr;  // (2, M), (N, M), (N,)
+  int64_t N = 0, pixels = 0, M = 0, O = 0;
+  bool behind_norm = false;
+  int threads = 1;
+};
+
+// softmax(q k^T / sqrt(head_dim)) v in windows of h = norm(x); v is h, or a map of its own that
+// is `v_padding` at padded pixels.
+struct AttentionCall {
+  DType dtype = DType::kFloat32;
+  const void *x = nullptr, *qk_weight = nullptr, *qk_bias = nullptr;  // (N H W, C), (2C, C), (2C,)
+  const void *v = nullptr, *v_padding = nullptr;                      // (N H W, M), (M,)
+  const void *norm_weight = nullptr, *norm_bias = nullptr;            // (C,)
+  void* out = nullptr;                                                // (N H W, M), or C without v
+  int64_t N = 0, C = 0, H = 0, W = 0, M = 0, head_dim = 0, window_size = 7;
+  Windows windows = Windows::kGrid;
+  Norm norm = Norm::kNone;
+  double eps = 1e-6;
+  int threads = 1;
+};
+
+// As ExpandBackwardCall at the norm. The K half of dqk_bias is left alone: it is zero.
+struct AttentionBackwardCall {
+  DType dtype = DType::kFloat32;
+  const void *grad = nullptr, *x = nullptr, *qk_weight = nullptr, *qk_bias = nullptr;
+  const void *v = nullptr, *v_padding = nullptr, *norm_weight = nullptr, *norm_bias = nullptr;
+  const void *mean = nullptr, *invstd = nullptr, *residual = nullptr;
+  void *dx = nullptr, *dqk_weight = nullptr, *dv = nullptr;
+  double *dqk_bias = nullptr, *dv_padding = nullptr, *sums = nullptr;  // (C,), (M,), (2, C)
+  int64_t N = 0, C = 0, H = 0, W = 0, M = 0, head_dim = 0, window_size = 7;
+  Windows windows = Windows::kGrid;
+  Norm norm = Norm::kNone;
+  bool behind_norm = false;
+  double eps = 1e-6;
+  int threads = 1;
+};
+
+void pixels(const PixelsCall& call);
+void depthwise_conv2d(const DepthwiseCall& call);
+void depthwise_conv2d_backward(const DepthwiseBackwardCall& call);
+void expand(const ExpandCall& call);
+void expand_backward(const ExpandBackwardCall& call);
+void shrink(const ShrinkCall& call);
+void shrink_backward(const ShrinkBackwardCall& call);
+void window_attention(const AttentionCall& call);
+void window_attention_backward(const AttentionBackwardCall& call);
+
 // Instruction sets: compiled into this module, and of those the ones this machine runs, best last.
 std::vector<std::string> compiled_isas();
 std::vector<std::string> available_isas();

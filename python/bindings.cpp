@@ -102,6 +102,136 @@ void irmb(int dtype, uintptr_t x, uintptr_t out, const py::tuple& weights, const
   cpu::irmb(call);
 }
 
+// ---- one training step, operator by operator: pointers and sizes in the order of emo_kernels/cpu
+// --
+
+template <class P>
+void point(P*& target, int64_t address) {
+  target = reinterpret_cast<P*>(static_cast<uintptr_t>(address));
+}
+
+// Fills the call's pointers, in the order given.
+template <class... P>
+void point_all(const py::tuple& addresses, P*&... targets) {
+  const auto address = integers<sizeof...(P)>("pointers", addresses);
+  size_t i = 0;
+  (point(targets, address[i++]), ...);
+}
+
+template <class... I>
+void size_all(const py::tuple& values, I&... targets) {
+  const auto value = integers<sizeof...(I)>("sizes", values);
+  size_t i = 0;
+  ((targets = static_cast<I>(value[i++])), ...);
+}
+
+void pixels(int dtype, int op, const py::tuple& pointers, const py::tuple& sizes, int threads) {
+  cpu::PixelsCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  c.op = static_cast<cpu::PixelsOp>(op);
+  point_all(pointers, c.x, c.grad, c.residual, c.pivot, c.rows, c.means, c.out, c.sums);
+  size_all(sizes, c.N, c.pixels, c.C);
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::pixels(c);
+}
+
+void depthwise_conv2d(int dtype, const py::tuple& pointers, const py::tuple& sizes, int threads) {
+  cpu::DepthwiseCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.x, c.weight, c.pivot, c.y, c.sums);
+  size_all(sizes, c.N, c.C, c.H, c.W, c.K, c.stride, c.padding, c.dilation);
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::depthwise_conv2d(c);
+}
+
+void depthwise_conv2d_backward(int dtype, const py::tuple& pointers, const py::tuple& sizes,
+                               int threads) {
+  cpu::DepthwiseBackwardCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.grad, c.x, c.weight, c.y, c.coefficients, c.local_grad, c.dx, c.dweight);
+  size_all(sizes, c.N, c.C, c.H, c.W, c.K, c.stride, c.padding, c.dilation);
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::depthwise_conv2d_backward(c);
+}
+
+void expand(int dtype, const py::tuple& pointers, const py::tuple& sizes, double eps, int threads) {
+  cpu::ExpandCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.x, c.weight, c.bias, c.norm_weight, c.norm_bias, c.out);
+  size_all(sizes, c.N, c.pixels, c.C, c.M, c.norm, c.act);
+  c.eps = eps;
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::expand(c);
+}
+
+void expand_backward(int dtype, const py::tuple& pointers, const py::tuple& sizes, double eps,
+                     int threads) {
+  cpu::ExpandBackwardCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.grad, c.x, c.weight, c.bias, c.norm_weight, c.norm_bias, c.mean, c.invstd,
+            c.out_grad, c.out_weight, c.drop_scale, c.residual, c.norm_grad, c.dx, c.dweight,
+            c.dbias, c.sums);
+  size_all(sizes, c.N, c.pixels, c.C, c.M, c.O, c.norm, c.act, c.behind_norm);
+  c.eps = eps;
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::expand_backward(c);
+}
+
+void shrink(int dtype, const py::tuple& pointers, const py::tuple& sizes, int threads) {
+  cpu::ShrinkCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.y, c.weight, c.scale, c.shift, c.local, c.residual, c.gate, c.drop_scale,
+            c.pivot, c.out, c.sums);
+  size_all(sizes, c.N, c.pixels, c.M, c.O);
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::shrink(c);
+}
+
+void shrink_backward(int dtype, const py::tuple& pointers, const py::tuple& sizes, int threads) {
+  cpu::ShrinkBackwardCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.grad, c.y, c.weight, c.scale, c.shift, c.local, c.gate, c.drop_scale,
+            c.mean, c.invstd, c.dy, c.dweight, c.dlocal, c.sums, c.dgate, c.ddrop);
+  size_all(sizes, c.N, c.pixels, c.M, c.O, c.behind_norm);
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::shrink_backward(c);
+}
+
+void window_attention(int dtype, const py::tuple& pointers, const py::tuple& sizes, double eps,
+                      int threads) {
+  cpu::AttentionCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.x, c.qk_weight, c.qk_bias, c.v, c.v_padding, c.norm_weight, c.norm_bias,
+            c.out);
+  size_all(sizes, c.N, c.C, c.H, c.W, c.M, c.head_dim, c.window_size, c.windows, c.norm);
+  c.eps = eps;
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::window_attention(c);
+}
+
+void window_attention_backward(int dtype, const py::tuple& pointers, const py::tuple& sizes,
+                               double eps, int threads) {
+  cpu::AttentionBackwardCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.grad, c.x, c.qk_weight, c.qk_bias, c.v, c.v_padding, c.norm_weight,
+            c.norm_bias, c.mean, c.invstd, c.residual, c.dx, c.dqk_weight, c.dv, c.dqk_bias,
+            c.dv_padding, c.sums);
+  size_all(sizes, c.N, c.C, c.H, c.W, c.M, c.head_dim, c.window_size, c.windows, c.norm,
+           c.behind_norm);
+  c.eps = eps;
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::window_attention_backward(c);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -116,4 +246,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("counts"), py::arg("sizes"), py::arg("switches"), py::arg("norm_eps"),
         py::arg("bn_eps"), py::arg("threads"));
   m.def("release_scratch", &cpu::release_scratch);
+  m.def("pixels", &pixels);
+  m.def("depthwise_conv2d", &depthwise_conv2d);
+  m.def("depthwise_conv2d_backward", &depthwise_conv2d_backward);
+  m.def("expand", &expand);
+  m.def("expand_backward", &expand_backward);
+  m.def("shrink", &shrink);
+  m.def("shrink_backward", &shrink_backward);
+  m.def("window_attention", &window_attention);
+  m.def("window_attention_backward", &window_attention_backward);
 }

@@ -94,23 +94,28 @@ EMO_INLINE V silu(V x) {
   }
 }
 
-// x Phi(x), Phi(x) = 1/2 + x R(x^2): R is a degree 15 minimax polynomial in s = 2 (x / 5.5)^2 - 1.
+// Phi(x) = 1/2 + x R(x^2): R is a degree 15 minimax polynomial in s = 2 (x / 5.5)^2 - 1.
+template <class V>
+EMO_INLINE V gelu_share(V x) {
+  V z = x > 5.5f ? splat<V>(5.5f) : x;
+  z = z < -5.5f ? splat<V>(-5.5f) : z;
+  const V s = fma(z * z, splat<V>(2.0f / 30.25f), splat<V>(-1.0f));
+  const V r = polynomial(s, 0.12855193082978283f, -0.06417233826226573f, 0.04773763490288317f,
+                         -0.0387928061096815f, 0.032070111859877f, -0.026047967626207473f,
+                         0.02036560854167636f, -0.015000822968576445f, 0.010224367706978588f,
+                         -0.006814708023678894f, 0.00462760515081942f, -0.0024267842992698315f,
+                         0.000715295576924523f, -0.0005227622861213735f, 0.0006331060436826677f,
+                         -0.0002383851283422086f);
+  const V phi = fma(z, r, splat<V>(0.5f));
+  return x < -5.5f ? V{} : phi;
+}
+
 template <class T, class V>
 EMO_INLINE V gelu(V x) {
   if constexpr (sizeof(T) == 8) {
     return each_lane<gelu_of>(x);
   } else {
-    V z = x > 5.5f ? splat<V>(5.5f) : x;
-    z = z < -5.5f ? splat<V>(-5.5f) : z;
-    const V s = fma(z * z, splat<V>(2.0f / 30.25f), splat<V>(-1.0f));
-    const V r = polynomial(s, 0.12855193082978283f, -0.06417233826226573f, 0.04773763490288317f,
-                           -0.0387928061096815f, 0.032070111859877f, -0.026047967626207473f,
-                           0.02036560854167636f, -0.015000822968576445f, 0.010224367706978588f,
-                           -0.006814708023678894f, 0.00462760515081942f, -0.0024267842992698315f,
-                           0.000715295576924523f, -0.0005227622861213735f, 0.0006331060436826677f,
-                           -0.0002383851283422086f);
-    const V phi = fma(z, r, splat<V>(0.5f));
-    return x * (x < -5.5f ? V{} : phi);
+    return x * gelu_share(x);
   }
 }
 
@@ -124,6 +129,55 @@ EMO_INLINE V activate(V x) {
     return silu<T>(x);
   } else {
     return x;
+  }
+}
+
+EMO_INLINE double silu_slope_of(double x) {
+  const double s = 1.0 / (1.0 + ::exp(-x));
+  return s * (1.0 + x * (1.0 - s));
+}
+EMO_INLINE double gelu_slope_of(double x) {
+  return 0.5 * (1.0 + ::erf(x * 0.70710678118654752)) +
+         x * ::exp(-0.5 * x * x) * 0.39894228040143268;
+}
+
+// SiLU and its derivative.
+template <class T, class V>
+EMO_INLINE void silu_and_slope(V x, V& value, V& slope) {
+  if constexpr (sizeof(T) == 8) {
+    value = each_lane<silu_of>(x);
+    slope = each_lane<silu_slope_of>(x);
+  } else {
+    const V s = 1.0f / (exp2_any(x * -1.4426950408889634f) + 1.0f);
+    value = x * s;
+    slope = s * fma(x, 1.0f - s, V{} + 1.0f);
+  }
+}
+
+// Phi(x) + x phi(x), Phi as in gelu.
+template <class T, class V>
+EMO_INLINE V gelu_slope(V x) {
+  if constexpr (sizeof(T) == 8) {
+    return each_lane<gelu_slope_of>(x);
+  } else {
+    const V density = exp2_any(x * x * -0.7213475204444817f) * 0.3989422804014327f;
+    return fma(x, density, gelu_share(x));
+  }
+}
+
+// The derivative of the activation at x, as PyTorch takes it at the kink of ReLU.
+template <class T, Activation kAct, class V>
+EMO_INLINE V activate_slope(V x) {
+  if constexpr (kAct == Activation::kRelu) {
+    return x <= T(0) ? V{} : splat<V>(T(1));
+  } else if constexpr (kAct == Activation::kGelu) {
+    return gelu_slope<T>(x);
+  } else if constexpr (kAct == Activation::kSilu) {
+    V value, slope;
+    silu_and_slope<T>(x, value, slope);
+    return slope;
+  } else {
+    return splat<V>(T(1));
   }
 }
 

@@ -25,18 +25,27 @@ struct DepthwiseRow {
   int64_t width;  // channels of the panel that exist
 };
 
-template <class T, class V>
-EMO_INLINE void depthwise_epilogue(const DepthwiseRow<T>& row, V sum, int64_t column,
-                                   int64_t lane) {
-  V y = silu<T>(sum);
-  if (row.gate) y *= load<V>(row.gate + lane);
-  if (row.local) y += load<V>(row.local + column * row.panel + lane);
-  store(row.out + column * row.panel + lane, y);
-}
+// What becomes of the sums of one vector of channels, column by column.
+template <class T>
+struct BlockEpilogue {
+  using V = Vec<T, kLanesOf<T>>;
+  const DepthwiseRow<T>& row;
+  const int64_t lane;
+
+  EMO_INLINE BlockEpilogue(const DepthwiseRow<T>& r, int64_t l) : row(r), lane(l) {}
+  EMO_INLINE void operator()(V sum, int64_t column) {
+    V y = silu<T>(sum);
+    if (row.gate) y *= load<V>(row.gate + lane);
+    if (row.local) y += load<V>(row.local + column * row.panel + lane);
+    store(row.out + column * row.panel + lane, y);
+  }
+  EMO_INLINE void finish() {}
+};
 
 // kColumns neighbouring outputs of one vector of channels; dilation 1.
-template <class T, int kTaps, int kStride, int kColumns>
-EMO_INLINE void depthwise_block(const DepthwiseRow<T>& row, int64_t column, int64_t lane) {
+template <class T, int kTaps, int kStride, int kColumns, class Epilogue>
+EMO_INLINE void depthwise_block(const DepthwiseRow<T>& row, int64_t column, int64_t lane,
+                                Epilogue& epilogue) {
   using V = Vec<T, kLanesOf<T>>;
   constexpr int kPanelWidth = kPanel<T>;
   V acc[kColumns];
@@ -55,26 +64,31 @@ EMO_INLINE void depthwise_block(const DepthwiseRow<T>& row, int64_t column, int6
       });
     });
   }
-  unroll<kColumns>(EMO_UNROLLED(x) { depthwise_epilogue<T>(row, acc[x], column + x, lane); });
+  unroll<kColumns>(EMO_UNROLLED(x) { epilogue(acc[x], column + x); });
 }
 
-template <class T, int kTaps, int kStride>
+template <class T, class Epilogue, int kTaps, int kStride>
 void depthwise_row(const DepthwiseRow<T>& row) {
   constexpr int kColumns = 7;  // 224-pixel maps are multiples of 7 wide
   for (int64_t lane = 0; lane < row.width; lane += kLanesOf<T>) {
+    Epilogue epilogue(row, lane);
     int64_t column = 0;
     for (; column + kColumns <= row.columns; column += kColumns) {
-      depthwise_block<T, kTaps, kStride, kColumns>(row, column, lane);
+      depthwise_block<T, kTaps, kStride, kColumns>(row, column, lane, epilogue);
     }
-    for (; column < row.columns; ++column) depthwise_block<T, kTaps, kStride, 1>(row, column, lane);
+    for (; column < row.columns; ++column) {
+      depthwise_block<T, kTaps, kStride, 1>(row, column, lane, epilogue);
+    }
+    epilogue.finish();
   }
 }
 
 // Any kernel size, stride and dilation.
-template <class T>
+template <class T, class Epilogue>
 void depthwise_row_any(const DepthwiseRow<T>& row) {
   using V = Vec<T, kLanesOf<T>>;
   for (int64_t lane = 0; lane < row.width; lane += kLanesOf<T>) {
+    Epilogue epilogue(row, lane);
     for (int64_t column = 0; column < row.columns; ++column) {
       V acc = load<V>(row.shift + lane);
       for (int64_t t = 0; t < row.taps; ++t) {
@@ -84,23 +98,24 @@ void depthwise_row_any(const DepthwiseRow<T>& row) {
           acc = fma(load<V>(in + j * row.dilation * row.panel), load<V>(w + j * row.panel), acc);
         }
       }
-      depthwise_epilogue<T>(row, acc, column, lane);
+      epilogue(acc, column);
     }
+    epilogue.finish();
   }
 }
 
 template <class T>
 using DepthwiseRowFunction = void (*)(const DepthwiseRow<T>&);
 
-template <class T>
+template <class T, class Epilogue = BlockEpilogue<T>>
 DepthwiseRowFunction<T> depthwise_row_for(int64_t K, int64_t stride, int64_t dilation) {
   if (dilation == 1 && (stride == 1 || stride == 2)) {
     const bool one = stride == 1;
-    if (K == 3) return one ? depthwise_row<T, 3, 1> : depthwise_row<T, 3, 2>;
-    if (K == 5) return one ? depthwise_row<T, 5, 1> : depthwise_row<T, 5, 2>;
-    if (K == 7) return one ? depthwise_row<T, 7, 1> : depthwise_row<T, 7, 2>;
+    if (K == 3) return one ? depthwise_row<T, Epilogue, 3, 1> : depthwise_row<T, Epilogue, 3, 2>;
+    if (K == 5) return one ? depthwise_row<T, Epilogue, 5, 1> : depthwise_row<T, Epilogue, 5, 2>;
+    if (K == 7) return one ? depthwise_row<T, Epilogue, 7, 1> : depthwise_row<T, Epilogue, 7, 2>;
   }
-  return depthwise_row_any<T>;
+  return depthwise_row_any<T, Epilogue>;
 }
 
 }  // namespace

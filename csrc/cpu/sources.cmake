@@ -14,7 +14,11 @@ endif()
 
 set(EMO_WARNINGS -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
     -Wno-uninitialized -Wno-maybe-uninitialized) # GCC 12: false alarms inside its own avx512fintrin.h
-add_library(emo_kernels_cpu STATIC csrc/cpu/irmb.cpp csrc/cpu/irmb_plan.cpp csrc/cpu/isa.cpp csrc/cpu/threads.cpp)
+set(EMO_CPU_KERNELS irmb pixels depthwise_conv2d depthwise_conv2d_backward expand expand_backward
+    shrink shrink_backward window_attention window_attention_backward)
+list(TRANSFORM EMO_CPU_KERNELS REPLACE "(.+)" "csrc/cpu/\\1_kernel.cpp")
+add_library(emo_kernels_cpu STATIC csrc/cpu/irmb.cpp csrc/cpu/irmb_plan.cpp csrc/cpu/isa.cpp csrc/cpu/threads.cpp
+    csrc/cpu/training.cpp)
 target_include_directories(emo_kernels_cpu PUBLIC csrc)
 target_compile_options(emo_kernels_cpu PRIVATE -O3 ${EMO_WARNINGS})
 target_link_libraries(emo_kernels_cpu PRIVATE OpenMP::OpenMP_CXX)
@@ -22,7 +26,7 @@ target_link_libraries(emo_kernels_cpu PRIVATE OpenMP::OpenMP_CXX)
 foreach(isa IN LISTS EMO_ISAS)
   string(TOUPPER ${isa} ISA)
   target_compile_definitions(emo_kernels_cpu PRIVATE EMO_HAS_${ISA})
-  add_library(emo_kernels_cpu_${isa} OBJECT csrc/cpu/irmb_kernel.cpp)
+  add_library(emo_kernels_cpu_${isa} OBJECT ${EMO_CPU_KERNELS})
   target_include_directories(emo_kernels_cpu_${isa} PRIVATE csrc)
   target_compile_definitions(emo_kernels_cpu_${isa} PRIVATE EMO_ISA=${isa} EMO_ISA_${ISA})
   target_compile_options(emo_kernels_cpu_${isa} PRIVATE
@@ -30,7 +34,7 @@ foreach(isa IN LISTS EMO_ISAS)
     ${EMO_ISA_FLAGS_${isa}})
   # A weak symbol compiled with AVX-512 could be linked into the portable path: refuse to build one.
   add_custom_command(TARGET emo_kernels_cpu PRE_LINK
-    COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DOBJECTS=$<TARGET_OBJECTS:emo_kernels_cpu_${isa}>
+    COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} "-DOBJECTS=$<TARGET_OBJECTS:emo_kernels_cpu_${isa}>"
             -P ${CMAKE_SOURCE_DIR}/csrc/cpu/check_symbols.cmake
     VERBATIM)
   target_sources(emo_kernels_cpu PRIVATE $<TARGET_OBJECTS:emo_kernels_cpu_${isa}>)

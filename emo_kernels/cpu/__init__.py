@@ -1,5 +1,57 @@
 """CPU backend: thin launchers over the kernels compiled into ``emo_kernels._C``."""
 
+from emo_kernels.cpu.batch_norm import (
+    batch_norm_backward,
+    batch_norm_backward_finalize,
+    batch_norm_finalize,
+    batch_norm_sums,
+)
+from emo_kernels.cpu.depthwise_conv2d import (
+    depthwise_conv2d,
+    depthwise_conv2d_backward,
+    depthwise_conv2d_statistics,
+    depthwise_conv2d_unsupported,
+)
+from emo_kernels.cpu.expand import expand, expand_backward, expand_unsupported
 from emo_kernels.cpu.irmb import irmb, irmb_bind, irmb_unsupported
+from emo_kernels.cpu.irmb_training import irmb_training_unsupported, keeps_local_gradient
+from emo_kernels.cpu.shrink import (
+    shrink,
+    shrink_backward,
+    shrink_statistics,
+    shrink_unsupported,
+)
+from emo_kernels.cpu.squeeze import squeeze, squeeze_backward
+from emo_kernels.cpu.window_attention import (
+    window_attention,
+    window_attention_backward,
+    window_attention_unsupported,
+)
 
-__all__ = ["irmb", "irmb_bind", "irmb_unsupported"]
+__all__ = [
+    "batch_norm_backward",
+    "batch_norm_backward_finalize",
+    "batch_norm_finalize",
+    "batch_norm_sums",
+    "depthwise_conv2d",
+    "depthwise_conv2d_backward",
+    "depthwise_conv2d_statistics",
+    "depthwise_conv2d_unsupported",
+    "expand",
+    "expand_backward",
+    "expand_unsupported",
+    "irmb",
+    "irmb_bind",
+    "irmb_training_unsupported",
+    "irmb_unsupported",
+    "keeps_local_gradient",
+    "shrink",
+    "shrink_backward",
+    "shrink_statistics",
+    "shrink_unsupported",
+    "squeeze",
+    "squeeze_backward",
+    "window_attention",
+    "window_attention_backward",
+    "window_attention_unsupported",
+]

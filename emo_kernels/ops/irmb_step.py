@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emo_kernels import backends
 from emo_kernels.ops import batch_norm
 from emo_kernels.ops.batch_norm import Statistics
 from emo_kernels.ops.depthwise_conv2d import backward as depthwise_conv2d_backward
@@ -89,6 +90,9 @@ class Step:
         self.attends_over_v = self.attends and not spec.attn_pre and weights.v_weight is not None
         self.expands = weights.v_weight is not None and not self.attends_over_v
         self.conv = (spec.stride, spec.padding, spec.dilation, plan.backend)
+        # What the local skip sends back is a map, or recomputed by the expansion's gradient.
+        keeps = not self.expands or backends.has(plan.backend, "keeps_local_gradient")
+        self.writes_local = spec.skip and keeps
         assert weights.proj_weight is not None
         self.proj = weights.proj_weight
         if weights.gamma is not None:
@@ -202,7 +206,8 @@ class Step:
         first: tuple[Any, ...] = (None, residual) if norm is None else (norm.affine, None)
         if below and self.expands:
             at_x = (None, None) if self.attends else first
-            skip = (grad, self.proj, self.drop_scale) if spec.skip else (None, None, None)
+            recomputes = spec.skip and not self.writes_local
+            skip = (grad, self.proj, self.drop_scale) if recomputes else (None, None, None)
             dx = self._expand_backward(dx, maps, at_x, skip, wants, grads)
         if below and self.attends:
             dx = self._attend_backward(dx, x, norm, first, wants, grads)
@@ -221,17 +226,17 @@ class Step:
     ) -> tuple[Tensor, Tensor | None]:
         """dz, the gradient behind the batch norm, and what the local skip sends past it.
 
-        The latter is written only where no expansion follows that recomputes it.
+        The latter is written where no expansion follows that recomputes it, and where the
+        backend says that a map costs less than its product again.
         """
         w, affine, y = self.weights, maps.bn.affine, maps.y
         gate, excitation = self._excite_again(maps, wants)
         local = maps.e if self.spec.skip else None
-        writes_local = self.spec.skip and not self.expands
         asked = [False] * 8
         asked[0] = True
         asked[1] = bool(wants & {"proj_weight", "gamma"})
         asked[2] = gate is None
-        asked[4] = writes_local
+        asked[4] = self.writes_local
         asked[6] = gate is not None
         asked[7] = "drop_scale" in wants
         tensors = (y, self.proj, affine[0], affine[1], local, None, gate, self.drop_scale)

@@ -1,0 +1,366 @@
+// Maps in scratch, cut into panels of channels: [channels / kPanel][pixels][kPanel].
+//
+// Every operand of the training kernels' products lies so. A last panel keeps the full stride; of
+// its lanes those up to panel_width are computed with, zero or whatever comes of zeros.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/launch.h"
+#include "cpu/pack.h"
+#include "cpu/panels.h"
+
+namespace emo_kernels::cpu {
+namespace {
+
+constexpr int64_t kSumRows = 32;  // pixels whose channels are summed vector by vector
+
+// Pixels whose products are added in one go: fewer of a narrow map, where the time is elsewhere.
+template <class Shape>
+constexpr int64_t kPixelChunk = Shape::kWidth > Shape::kLanes ? 56 : 16;
+
+// Hands out 64-byte aligned places of a buffer one after the other; of a null buffer it counts.
+struct Places {
+  char* base;
+  int64_t used = 0;
+
+  template <class E>
+  EMO_INLINE E* take(int64_t count) {
+    E* const place = reinterpret_cast<E*>(reinterpret_cast<uintptr_t>(base) + used);
+    used += ceil_div(count * static_cast<int64_t>(sizeof(E)), 64) * 64;
+    return place;
+  }
+};
+
+// A blocked map of up to `rows` pixels, with room for the tiles that run past its end.
+template <class T>
+struct Blocked {
+  T* data = nullptr;
+  int64_t rows = 0, columns = 0;
+
+  static EMO_INLINE Blocked at(Places& places, int64_t rows, int64_t columns) {
+    Blocked map;
+    map.rows = rows + kMostGemmRows;
+    map.columns = columns;
+    map.data = places.take<T>(ceil_div(columns, kPanel<T>) * map.rows * kPanel<T> + 64);
+    return map;
+  }
+  EMO_INLINE int64_t panels() const { return ceil_div(columns, kPanel<T>); }
+  EMO_INLINE int64_t stride() const { return rows * kPanel<T>; }
+  EMO_INLINE T* panel(int64_t p) const { return data + p * stride(); }
+  EMO_INLINE int64_t width(int64_t p) const { return panel_width<T>(columns - p * kPanel<T>); }
+  EMO_INLINE int64_t channels(int64_t p) const {
+    return min<int64_t>(kPanel<T>, columns - p * kPanel<T>);
+  }
+};
+
+template <class T>
+void fill_zero(T* data, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) data[i] = T(0);
+}
+
+template <class V, class T>
+EMO_INLINE V load_some(const T* p, int64_t count) {
+  constexpr int64_t kLanes = sizeof(V) / sizeof(T);
+  return count >= kLanes ? load<V>(p) : load_first<V>(p, count);
+}
+
+template <class V, class T>
+EMO_INLINE void store_some(T* p, V v, int64_t count) {
+  constexpr int64_t kLanes = sizeof(V) / sizeof(T);
+  if (count >= kLanes) {
+    store(p, v);
+  } else {
+    store_first(p, v, count);
+  }
+}
+
+// f(lane, count) for the vectors of one panel; count: channels from lane on.
+template <class T, class F>
+EMO_INLINE void each_lane_of(int64_t channels, F f) {
+  for (int64_t lane = 0; lane < channels; lane += kLanesOf<T>) f(lane, channels - lane);
+}
+
+// `rows` pixels of a dense (pixels, C) map into panels, scaled row by row where there is a scale.
+template <class T, class F>
+void load_rows(const T* map, int64_t C, int64_t rows, const Blocked<T>& to, F scale_of) {
+  using V = Vec<T, kLanesOf<T>>;
+  for (int64_t i = 0; i < rows; ++i, map += C) {
+    const T scale = scale_of(i);
+    for (int64_t p = 0; p < to.panels(); ++p) {
+      T* const row = to.panel(p) + i * kPanel<T>;
+      const T* const from = map + p * kPanel<T>;
+      each_lane_of<T>(to.channels(p),
+                      [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
+                        store(row + lane, load_some<V>(from + lane, count) * scale);
+                      });
+    }
+  }
+}
+
+// ---- sums over pixels -------------------------------------------------------------------------
+
+// The lanes of a vector in double: two vectors of half the lanes, where the type is float.
+template <class T>
+struct Doubles {
+  static constexpr int kParts = sizeof(T) == 8 ? 1 : 2, kLanes = kLanesOf<T> / kParts;
+  using D = Vec<double, kLanes>;
+  D part[kParts];
+
+  EMO_INLINE explicit Doubles(Vec<T, kLanesOf<T>> v) {
+    using H = Vec<T, kLanes>;
+    T lanes[kLanesOf<T>];
+    store(lanes, v);
+    unroll<kParts>(
+        EMO_UNROLLED(i) { part[i] = __builtin_convertvector(load<H>(lanes + i * kLanes), D); });
+  }
+  EMO_INLINE void add(const Doubles& a) {
+    unroll<kParts>(EMO_UNROLLED(i) { part[i] += a.part[i]; });
+  }
+  EMO_INLINE void add_product(const Doubles& a, const Doubles& b) {
+    unroll<kParts>(EMO_UNROLLED(i) { part[i] = fma(a.part[i], b.part[i], part[i]); });
+  }
+  EMO_INLINE void add_to(double* totals) const {
+    unroll<kParts>(EMO_UNROLLED(i) {
+      double* const at = totals + i * kLanes;
+      store(at, load<D>(at) + part[i]);
+    });
+  }
+};
+
+// first[lane] += sum over rows of value, second[lane] += sum over rows of value * factor, in
+// double: f(row, lane, count, value, factor) gives one vector of each. Null: not wanted.
+template <class T, class F>
+EMO_INLINE void sum_rows(int64_t rows, int64_t channels, double* first, double* second, F f) {
+  using V = Vec<T, kLanesOf<T>>;
+  for (int64_t begin = 0; begin < rows; begin += kSumRows) {
+    const int64_t end = min(rows, begin + kSumRows);
+    each_lane_of<T>(channels, [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
+      Doubles<T> sum(V{}), products(V{});
+      for (int64_t i = begin; i < end; ++i) {
+        V value{}, factor{};
+        f(i, lane, count, value, factor);
+        const Doubles<T> wide(value);
+        if (first) sum.add(wide);
+        if (second) products.add_product(wide, Doubles<T>(factor));
+      }
+      if (first) sum.add_to(first + lane);
+      if (second) products.add_to(second + lane);
+    });
+  }
+}
+
+// A thread's share [begin, end) of `count` things.
+EMO_INLINE int64_t share_of(int64_t count, int thread, int threads) {
+  return count * thread / threads;
+}
+
+// f(i) for this thread's share of `count` things.
+template <class F>
+EMO_INLINE void each_of_mine(int64_t count, const Share& share, F f) {
+  const int64_t end = share_of(count, share.thread + 1, share.threads);
+  for (int64_t i = share_of(count, share.thread, share.threads); i < end; ++i) f(i);
+}
+
+// The same place in the buffer of thread t.
+template <class E>
+EMO_INLINE const E* of_thread(const E* place, int t, const Share& share) {
+  const char* const mine = reinterpret_cast<const char*>(place);
+  return reinterpret_cast<const E*>(mine + (t - share.thread) * share.own_bytes);
+}
+
+// The sum of what the threads have there, in their order.
+EMO_INLINE double total(const double* place, const Share& share) {
+  double sum = 0.0;
+  for (int t = 0; t < share.threads; ++t) sum += *of_thread(place, t, share);
+  return sum;
+}
+
+// out (rows, columns), dense = the threads' blocked maps added up; this thread's share of the rows.
+template <class T>
+void add_up(const Blocked<T>& map, int64_t rows, T* out, const Share& share) {
+  using V = Vec<T, kLanesOf<T>>;
+  each_of_mine(rows, share, [&](int64_t i) {
+    each_lane_of<T>(map.columns, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+      const T* const at = map.panel(c / kPanel<T>) + i * kPanel<T> + c % kPanel<T>;
+      V sum = load<V>(of_thread(at, 0, share));
+      for (int t = 1; t < share.threads; ++t) sum += load<V>(of_thread(at, t, share));
+      store_some(out + i * map.columns + c, sum, count);
+    });
+  });
+}
+
+// ---- packing ----------------------------------------------------------------------------------
+
+// Rows [k0, k1) of to = the transpose of a (columns, K) weight matrix, for column panel p.
+template <class T>
+void pack_transposed(const T* weight, int64_t K, const Blocked<T>& to, int64_t p) {
+  pack_panel<T>(weight + p * kPanel<T> * K, to.channels(p), K, to.panel(p), kPanel<T>);
+}
+
+// Column panel p of a (K, columns) matrix.
+template <class T>
+void pack_straight(const T* weight, int64_t K, const Blocked<T>& to, int64_t p) {
+  using V = Vec<T, kLanesOf<T>>;
+  const T* from = weight + p * kPanel<T>;
+  T* row = to.panel(p);
+  for (int64_t k = 0; k < K; ++k, from += to.columns, row += kPanel<T>) {
+    each_lane_of<T>(to.channels(p),
+                    [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
+                      store(row + lane, load_some<V>(from + lane, count));
+                    });
+  }
+}
+
+// ---- products ---------------------------------------------------------------------------------
+
+// C (+)= A B (+ bias) for one panel of columns.
+//   straight    A is rows of a blocked map: element (i, k) at a[k / P * stride + i * P + k % P]
+//   transposed  A is columns of one panel: element (i, k) at a[k * P + i]; i + lane < kPanel
+template <class T>
+struct Product {
+  const T* a;
+  int64_t a_stride;  // of its panels
+  const T* b;        // [K][P]
+  int64_t K;
+  T* c;  // [rows][P]
+  int64_t rows;
+  const T* bias;  // (P,), null: none
+  bool add;
+};
+
+template <class T, int kRows, class Shape, bool kTransposed>
+EMO_INLINE void product_step(Accumulators<T, kRows, Shape>& acc, const T* a, const T* b) {
+  using Acc = Accumulators<T, kRows, Shape>;
+  using Full = typename Acc::Full;
+  using Half = typename Acc::Half;
+  constexpr int64_t kStride = kTransposed ? 1 : kPanel<T>;
+  Full b_full[Shape::kFull > 0 ? Shape::kFull : 1];
+  Half b_half;
+  unroll<Shape::kFull>(EMO_UNROLLED(j) { b_full[j] = load<Full>(b + j * Shape::kLanes); });
+  if constexpr (Shape::kHalf) b_half = load<Half>(b + Shape::kFull * Shape::kLanes);
+  unroll<kRows>(EMO_UNROLLED(i) {
+    const T value = a[i * kStride];
+    unroll<Shape::kFull>(
+        EMO_UNROLLED(j) { acc.full[i][j] = fma(splat<Full>(value), b_full[j], acc.full[i][j]); });
+    if constexpr (Shape::kHalf) {
+      acc.half[i] = fma(low_half(splat<Full>(value)), b_half, acc.half[i]);
+    }
+  });
+}
+
+// The first `valid` rows of the tile are written; K is at most kChunk.
+template <class T, int kRows, class Shape, bool kTransposed>
+void product_tile(const Product<T>& t, const T* a, T* c, int64_t valid) {
+  constexpr int64_t P = kPanel<T>;
+  Accumulators<T, kRows, Shape> acc;
+  acc.clear();
+  const T* b = t.b;
+  if constexpr (kTransposed) {
+    alignas(64) T sums[kRows * Shape::kWidth];
+    constexpr int64_t kChunkNow = kPixelChunk<Shape>;
+    int64_t left = t.K;
+    for (; left > kChunkNow; left -= kChunkNow) {
+      for (int64_t k = 0; k < kChunkNow; k += 4, a += 4 * P, b += 4 * P) {
+        unroll<4>(
+            EMO_UNROLLED(u) { product_step<T, kRows, Shape, true>(acc, a + u * P, b + u * P); });
+      }
+      if (left < t.K) acc.add_sums(sums);
+      acc.save_sums(sums);
+      acc.clear();
+    }
+    for (; left >= 4; left -= 4, a += 4 * P, b += 4 * P) {
+      unroll<4>(
+          EMO_UNROLLED(u) { product_step<T, kRows, Shape, true>(acc, a + u * P, b + u * P); });
+    }
+    for (; left > 0; --left, a += P, b += P) product_step<T, kRows, Shape, true>(acc, a, b);
+    if (t.K > kChunkNow) acc.add_sums(sums);
+  } else {
+    for (int64_t left = t.K; left > 0; left -= P, a += t.a_stride) {
+      const int64_t depth = min<int64_t>(left, P);
+      int64_t k = 0;
+      for (; k + 4 <= depth; k += 4, b += 4 * P) {
+        unroll<4>(
+            EMO_UNROLLED(u) { product_step<T, kRows, Shape, false>(acc, a + k + u, b + u * P); });
+      }
+      for (; k < depth; ++k, b += P) product_step<T, kRows, Shape, false>(acc, a + k, b);
+    }
+  }
+  acc.each([&](auto& v, auto i, auto channel) __attribute__((always_inline)) {
+    using V = decltype(v + v);
+    if (i < valid) {
+      V result = v;
+      if (t.bias) result += load<V>(t.bias + channel);
+      if (t.add) result += load<V>(c + i * P + channel);
+      store(c + i * P + channel, result);
+    }
+  });
+}
+
+// Rows of a tile: of the straight ones as in gemm.h; transposed tiles must divide a panel evenly.
+template <class T, class Shape, bool kTransposed>
+constexpr int product_rows() {
+  if (!kTransposed) return Shape::kRows;
+  const int most = Shape::kRows;
+  for (int rows = most; rows > 1; --rows) {
+    if (kPanel<T> % rows == 0) return rows;
+  }
+  return 1;
+}
+
+template <class T, class Shape, bool kTransposed>
+void product_chunk(const Product<T>& t) {
+  constexpr int kRows = product_rows<T, Shape, kTransposed>(), kFewRows = (kRows + 1) / 2;
+  constexpr int64_t kStride = kTransposed ? 1 : kPanel<T>;
+  for (int64_t i = 0; i < t.rows;) {
+    const int64_t left = t.rows - i;
+    const T* const a = t.a + i * kStride;
+    T* const c = t.c + i * kPanel<T>;
+    if (left > kFewRows) {
+      product_tile<T, kRows, Shape, kTransposed>(t, a, c, min<int64_t>(kRows, left));
+      i += kRows;
+    } else {
+      product_tile<T, kFewRows, Shape, kTransposed>(t, a, c, left);
+      i += kFewRows;
+    }
+  }
+}
+
+// Sums of more than kChunk terms are added chunk by chunk: less rounding, and the same bits
+// wherever a row stands.
+template <class T, bool kTransposed>
+void product(Product<T> t, int64_t width) {
+  constexpr int64_t P = kPanel<T>;
+  for (int64_t left = t.K; left > 0; left -= kChunk) {
+    t.K = min<int64_t>(left, kChunk);
+    with_shape<T>(width, [&](auto shape) { product_chunk<T, decltype(shape), kTransposed>(t); });
+    t.a += kTransposed ? kChunk * P : kChunk / P * t.a_stride;
+    t.b += kChunk * P;
+    t.bias = nullptr;
+    t.add = true;
+  }
+}
+
+// c (+)= A B over all columns of B, A being `rows` rows and K columns of a blocked map.
+template <class T>
+void multiply_all(const T* a, int64_t a_stride, int64_t K, int64_t rows, const Blocked<T>& b,
+                  int64_t b_row, const Blocked<T>& c, bool add) {
+  for (int64_t p = 0; p < c.panels(); ++p) {
+    product<T, false>(
+        {a, a_stride, b.panel(p) + b_row * kPanel<T>, K, c.panel(p), rows, nullptr, add},
+        c.width(p));
+  }
+}
+
+// c[row..] += A^T B over all columns of B: A one panel of `pixels` rows, `channels` of it used.
+template <class T>
+void multiply_transposed(const T* a, int64_t pixels, int64_t channels, const Blocked<T>& b,
+                         const Blocked<T>& c, int64_t c_row) {
+  for (int64_t p = 0; p < c.panels(); ++p) {
+    product<T, true>(
+        {a, 0, b.panel(p), pixels, c.panel(p) + c_row * kPanel<T>, channels, nullptr, true},
+        c.width(p));
+  }
+}
+
+}  // namespace
+}  // namespace emo_kernels::cpu

@@ -1,0 +1,161 @@
+// Computes  y = w * x, one K x K filter a channel, and with it the sums of y and its square around
+//           a pivot: the statistics of the batch norm behind.
+// Tiling    a thread walks its output rows; input rows come into a ring of padded rows in panels
+//           of channels, as many panels at a time as keep the ring in the L2 cache.
+// Traffic   reads x once (plus halo rows between threads), writes y once; bound by memory at K = 3.
+// Numerics  a sum over the taps in row-major order in the element type; up to 8 columns are summed
+//           in it, those sums in double; threads in order.
+// Limits    kernels up to 64 taps a side.
+#include "cpu/depthwise_rings.h"
+#include "cpu/threads.h"
+
+namespace emo_kernels::cpu {
+namespace {
+
+template <class T>
+struct Layout {
+  int64_t Ho, Wo, panels, group;  // panels of channels in all, and at a time
+  T *weights, *pivot, *zeros;     // shared
+  Ring<T> ring;                   // own, as what follows
+  double* totals;                 // [2][C]
+
+  Layout(const DepthwiseCall& c, Places& shared, Places& own)
+      : Ho(output_rows(c)), Wo(output_columns(c)), panels(ceil_div(c.C, kPanel<T>)) {
+    constexpr int64_t P = kPanel<T>;
+    weights = shared.take<T>(panels * c.K * c.K * P);
+    pivot = shared.take<T>(panels * P);
+    zeros = shared.take<T>(P);
+    ring.before = c.padding;
+    ring.rows = (c.K - 1) * c.dilation + 1;
+    ring.columns = max(c.W + 2 * c.padding, (Wo - 1) * c.stride + ring.rows);
+    const int64_t bytes = ring.panel_stride() * static_cast<int64_t>(sizeof(T));
+    group = max<int64_t>(1, min(panels, kRingBytes / bytes));
+    totals = own.take<double>(2 * panels * P);  // first: the others read it there
+    ring.data = own.take<T>(group * ring.panel_stride() + P);
+  }
+};
+
+template <class T>
+ScratchBytes scratch(const DepthwiseCall& call) {
+  Places shared{nullptr}, own{nullptr};
+  const Layout<T> layout(call, shared, own);
+  return {shared.used, own.used};
+}
+
+template <class T>
+class Convolution {
+ public:
+  Convolution(const DepthwiseCall& call, const Layout<T>& layout)
+      : c_(call),
+        l_(layout),
+        run_(c_.sums ? depthwise_row_for<T, MapEpilogue<T, true>>(c_.K, c_.stride, c_.dilation)
+                     : depthwise_row_for<T, MapEpilogue<T, false>>(c_.K, c_.stride, c_.dilation)) {
+    fill_zero(l_.totals, 2 * l_.panels * P);
+    fill_zero(l_.ring.data, l_.group * l_.ring.panel_stride() + P);
+  }
+
+  // Output rows [y0, y1) of image n, panels [p0, p1).
+  void rows(int64_t n, int64_t y0, int64_t y1, int64_t p0, int64_t p1) {
+    using V = Vec<T, kLanesOf<T>>;
+    const T* const x = static_cast<const T*>(c_.x);
+    int64_t loaded = 0;
+    for (int64_t y = y0; y < y1; ++y) {
+      const int64_t top = y * c_.stride - c_.padding;
+      const int64_t end = min(c_.H, top + l_.ring.rows);
+      for (int64_t r = max(loaded, max<int64_t>(0, top)); r < end; ++r) {
+        fill_row(l_.ring, r, c_.W, (n * c_.H + r) * c_.W, c_.C, p0, p1 - p0,
+                 [&](int64_t at, int64_t count, int64_t)
+                     __attribute__((always_inline)) { return load_some<V>(x + at, count); });
+      }
+      loaded = max(loaded, end);
+      const int64_t next = min(c_.H, end + c_.stride);
+      for (int64_t p = p0; p < p1; ++p) {
+        for (int64_t r = end; r < next && y + 1 < y1; ++r) {
+          prefetch_row(x + (n * c_.H + r) * c_.W * c_.C, c_.W, c_.C, p);
+        }
+        row(n, y, p, p - p0);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t P = kPanel<T>;
+
+  void row(int64_t n, int64_t y, int64_t p, int64_t g) {
+    MapRow<T> row{};
+    row.K = c_.K;
+    row.stride = c_.stride;
+    row.dilation = c_.dilation;
+    row.weights = l_.weights + p * c_.K * c_.K * P;
+    row.shift = l_.zeros;
+    row.columns = l_.Wo;
+    row.panel = P;
+    row.width = min<int64_t>(P, c_.C - p * P);
+    row.map = static_cast<T*>(c_.y) + (n * l_.Ho + y) * l_.Wo * c_.C + p * P;
+    row.column_stride = c_.C;
+    if (c_.sums) {
+      row.pivot = l_.pivot + p * P;
+      row.sums = l_.totals + p * P;
+      row.squares = row.sums + l_.panels * P;
+    }
+    for (int64_t t = 0; t < c_.K; ++t) {
+      const int64_t in_y = y * c_.stride - c_.padding + t * c_.dilation;
+      if (in_y < 0 || in_y >= c_.H) continue;
+      if (row.taps == 0) row.first_tap = t;
+      row.rows[row.taps++] = l_.ring.row(g, in_y);
+    }
+    run_(row);
+  }
+
+  const DepthwiseCall& c_;
+  const Layout<T>& l_;
+  const DepthwiseRowFunction<T> run_;
+};
+
+template <class T>
+void run(const DepthwiseCall& call, const Share& share) {
+  constexpr int64_t P = kPanel<T>;
+  Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
+  const Layout<T> l(call, shared, own);
+  const T *weight = static_cast<const T*>(call.weight), *pivot = static_cast<const T*>(call.pivot);
+  const int64_t last = share_of(l.panels, share.thread + 1, share.threads);
+  for (int64_t p = share_of(l.panels, share.thread, share.threads); p < last; ++p) {
+    pack_taps<T>(weight, call.C, call.K, p * P, call.K * call.K,
+                 l.weights + p * call.K * call.K * P, [](int64_t t) { return t; });
+    copy_padded<T>(pivot ? pivot + p * P : nullptr, min<int64_t>(P, call.C - p * P),
+                   l.pivot + p * P, P);
+  }
+  if (share.thread == 0) fill_zero(l.zeros, P);
+  Convolution<T> convolution(call, l);
+  team_barrier();
+  const int64_t total = call.N * l.Ho, end = share_of(total, share.thread + 1, share.threads);
+  for (int64_t row = share_of(total, share.thread, share.threads); row < end;) {
+    const int64_t n = row / l.Ho, first = row - n * l.Ho, stop = min(l.Ho, first + end - row);
+    for (int64_t p = 0; p < l.panels; p += l.group) {
+      convolution.rows(n, first, stop, p, min(l.panels, p + l.group));
+    }
+    row += stop - first;
+  }
+  if (call.sums == nullptr) return;
+  team_barrier();
+  const int64_t channels = share_of(call.C, share.thread + 1, share.threads);
+  for (int64_t c = share_of(call.C, share.thread, share.threads); c < channels; ++c) {
+    for (int64_t k = 0; k < 2; ++k) {
+      double sum = 0.0;
+      for (int t = 0; t < share.threads; ++t) {
+        sum +=
+            reinterpret_cast<const double*>(share.own + t * share.own_bytes)[k * l.panels * P + c];
+      }
+      call.sums[k * call.C + c] = sum;
+    }
+  }
+}
+
+template <class T>
+constexpr Kernel<DepthwiseCall> kKernel = {scratch<T>, run<T>};
+
+}  // namespace
+
+EMO_DEFINE_KERNEL(DepthwiseCall, depthwise_conv2d_kernel)
+
+}  // namespace emo_kernels::cpu

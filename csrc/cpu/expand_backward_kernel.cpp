@@ -1,0 +1,183 @@
+// Computes  the gradients of e = act(a), a = W n + b, n = norm(x), from de = grad + drop_scale
+//           Wo^T out_grad (the local skip): da = de act'(a), dn = W^T da, dW = da^T n, db = sum da,
+//           then the norm's own gradient, or its sums.
+// Tiling    up to 224 pixels at a time: n, out_grad and dn stay in the L2 cache while panels of
+//           expanded channels pass. Of each panel a and Wo^T out_grad are recomputed, da replaces a
+//           in the L1 cache, and feeds both dn and dW: no map of the expanded width is written.
+// Traffic   reads grad, x, out_grad and residual once, writes dx once; weights and a thread's dW
+//           pass once every 224 pixels.
+// Numerics  products in the element type, dW over up to 224 pixels at a time; sums over pixels of
+// up
+//           to 32 terms, those sums in double; threads in order.
+// Limits    ungrouped.
+#include "cpu/launch.h"
+#include "cpu/norm_rows.h"
+#include "cpu/threads.h"
+
+namespace emo_kernels::cpu {
+namespace {
+
+using Call = ExpandBackwardCall;
+
+template <class T>
+struct Layout {
+  int64_t most;
+  Blocked<T> forward, backward, skip;  // shared: W^T as (C, M), W as (M, C), Wo as (O, M)
+  T* bias;
+  NormRows<T> norm;
+  double *dbias, *sums;  // own: [panels of M * P], [2][panels of C * P]
+  Blocked<T> dweight;    // own: (M, C)
+  Blocked<T> n, g, dn;   // own
+  T *a, *d;              // own: a panel's tiles
+
+  Layout(const Call& c, Places& shared, Places& own) {
+    constexpr int64_t P = kPanel<T>;
+    most = most_pixels<T>(2 * ceil_div(c.C, P) * P + ceil_div(c.O, P) * P + 2 * P);
+    forward = Blocked<T>::at(shared, c.C, c.M);
+    backward = Blocked<T>::at(shared, c.M, c.C);
+    skip = Blocked<T>::at(shared, c.O, c.out_grad ? c.M : 0);
+    bias = shared.take<T>(forward.panels() * P);
+    dbias = own.take<double>(forward.panels() * P);
+    sums = own.take<double>(2 * backward.panels() * P);
+    dweight = Blocked<T>::at(own, c.dweight ? c.M : 0, c.C);
+    norm = NormRows<T>::at(c.norm, c.C, c.eps, most, shared, own);
+    n = Blocked<T>::at(own, most, c.C);
+    g = Blocked<T>::at(own, most, c.out_grad ? c.O : 0);
+    dn = Blocked<T>::at(own, most, c.C);
+    a = own.take<T>((most + kMostGemmRows) * P);
+    d = own.take<T>((most + kMostGemmRows) * P);
+  }
+};
+
+template <class T>
+ScratchBytes scratch(const Call& call) {
+  Places shared{nullptr}, own{nullptr};
+  const Layout<T> layout(call, shared, own);
+  return {shared.used, own.used};
+}
+
+// a = (grad + d) act'(a) in place, and its sums over the pixels.
+template <class T, Activation kAct>
+void differentiate(T* a, const T* d, const T* grad, int64_t M, int64_t rows, int64_t channels,
+                   double* dbias) {
+  using V = Vec<T, kLanesOf<T>>;
+  constexpr int64_t P = kPanel<T>;
+  sum_rows<T>(rows, channels, dbias, nullptr,
+              [&](int64_t i, int64_t lane, int64_t count, V& sum, V&)
+                  __attribute__((always_inline)) {
+                    V v = load_some<V>(grad + i * M + lane, count);
+                    if (d) v += load<V>(d + i * P + lane);
+                    v *= activate_slope<T, kAct>(load<V>(a + i * P + lane));
+                    store(a + i * P + lane, v);
+                    sum = v;
+                  });
+}
+
+template <class T>
+void differentiate(Activation act, T* a, const T* d, const T* grad, int64_t M, int64_t rows,
+                   int64_t channels, double* dbias) {
+  switch (act) {
+    case Activation::kNone:
+      return differentiate<T, Activation::kNone>(a, d, grad, M, rows, channels, dbias);
+    case Activation::kRelu:
+      return differentiate<T, Activation::kRelu>(a, d, grad, M, rows, channels, dbias);
+    case Activation::kGelu:
+      return differentiate<T, Activation::kGelu>(a, d, grad, M, rows, channels, dbias);
+    case Activation::kSilu:
+      return differentiate<T, Activation::kSilu>(a, d, grad, M, rows, channels, dbias);
+  }
+}
+
+template <class T>
+void add_to_blocked(const T* map, int64_t C, int64_t rows, const Blocked<T>& to) {
+  using V = Vec<T, kLanesOf<T>>;
+  for (int64_t i = 0; i < rows; ++i, map += C) {
+    each_lane_of<T>(C, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+      T* const at = to.panel(c / kPanel<T>) + i * kPanel<T> + c % kPanel<T>;
+      store(at, load<V>(at) + load_some<V>(map + c, count));
+    });
+  }
+}
+
+template <class T>
+void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
+  constexpr int64_t P = kPanel<T>;
+  const T* const x = static_cast<const T*>(c.x) + first * c.C;
+  const T* const grad = static_cast<const T*>(c.grad) + first * c.M;
+  const T* const drop = static_cast<const T*>(c.drop_scale);
+  l.norm.forward(x, rows, l.n);
+  if (c.out_grad) {
+    load_rows(static_cast<const T*>(c.out_grad) + first * c.O, c.O, rows, l.g,
+              [&](int64_t i) { return drop ? drop[(first + i) / c.pixels] : T(1); });
+  }
+  const bool wants_dn = c.dx || c.sums;
+  for (int64_t p = 0; p < l.forward.panels(); ++p) {
+    const int64_t width = l.forward.width(p), channels = l.forward.channels(p);
+    product<T, false>(
+        {l.n.data, l.n.stride(), l.forward.panel(p), c.C, l.a, rows, l.bias + p * P, false}, width);
+    if (c.out_grad) {
+      product<T, false>({l.g.data, l.g.stride(), l.skip.panel(p), c.O, l.d, rows, nullptr, false},
+                        width);
+    }
+    differentiate(c.act, l.a, c.out_grad ? l.d : nullptr, grad + p * P, c.M, rows, channels,
+                  l.dbias + p * P);
+    if (wants_dn) multiply_all(l.a, 0, channels, rows, l.backward, p * P, l.dn, p > 0);
+    if (c.dweight) multiply_transposed(l.a, rows, channels, l.n, l.dweight, p * P);
+  }
+  if (!wants_dn) return;
+  if (c.norm_grad)
+    add_to_blocked(static_cast<const T*>(c.norm_grad) + first * c.C, c.C, rows, l.dn);
+  if (c.sums) l.norm.add_sums(x, rows, l.dn, l.sums);
+  if (c.dx == nullptr) return;
+  const T* const residual = static_cast<const T*>(c.residual);
+  T* const dx = static_cast<T*>(c.dx) + first * c.C;
+  for (int64_t i = 0; i < rows; ++i) {
+    l.norm.pixel_backward(x + i * c.C, i, l.dn.data + i * P, l.dn.stride(), c.behind_norm,
+                          residual ? residual + (first + i) * c.C : nullptr, dx + i * c.C);
+  }
+}
+
+template <class T>
+void run(const Call& call, const Share& share) {
+  constexpr int64_t P = kPanel<T>;
+  Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
+  const Layout<T> l(call, shared, own);
+  const T *weight = static_cast<const T*>(call.weight), *bias = static_cast<const T*>(call.bias);
+  each_of_mine(l.forward.panels(), share, [&](int64_t p) {
+    pack_transposed(weight, call.C, l.forward, p);
+    copy_padded<T>(bias ? bias + p * P : nullptr, l.forward.channels(p), l.bias + p * P, P);
+    if (call.out_grad) {
+      pack_straight(static_cast<const T*>(call.out_weight), call.O, l.skip, p);
+    }
+  });
+  each_of_mine(l.backward.panels(), share,
+               [&](int64_t p) { pack_straight(weight, call.M, l.backward, p); });
+  if (share.thread == 0) {
+    l.norm.fill(call.norm_weight, call.norm_bias, call.mean, call.invstd);
+  }
+  fill_zero(l.dbias, l.forward.panels() * P);
+  fill_zero(l.sums, 2 * l.backward.panels() * P);
+  if (call.dweight) fill_zero(l.dweight.data, l.dweight.panels() * l.dweight.stride());
+  team_barrier();
+  each_step(call.N * call.pixels, l.most, share.thread, share.threads,
+            [&](int64_t first, int64_t rows) { step(call, l, first, rows); });
+  team_barrier();
+  if (call.dbias)
+    each_of_mine(call.M, share, [&](int64_t m) { call.dbias[m] = total(l.dbias + m, share); });
+  if (call.sums) {
+    each_of_mine(call.C, share, [&](int64_t c) {
+      call.sums[c] = total(l.sums + c, share);
+      call.sums[call.C + c] = total(l.sums + l.backward.panels() * P + c, share);
+    });
+  }
+  if (call.dweight) add_up(l.dweight, call.M, static_cast<T*>(call.dweight), share);
+}
+
+template <class T>
+constexpr Kernel<Call> kKernel = {scratch<T>, run<T>};
+
+}  // namespace
+
+EMO_DEFINE_KERNEL(ExpandBackwardCall, expand_backward_kernel)
+
+}  // namespace emo_kernels::cpu

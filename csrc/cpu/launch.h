@@ -1,0 +1,58 @@
+// How a kernel that is compiled per instruction set is chosen, given scratch and run by a team.
+#pragma once
+
+#include <cstdint>
+
+#include "emo_kernels.h"
+
+namespace emo_kernels::cpu {
+
+// Bytes: one buffer for the team, and one for each thread.
+struct ScratchBytes {
+  int64_t shared, own;
+};
+
+// What one thread of a team has; thread t's own buffer starts at own + t * own_bytes.
+struct Share {
+  char* shared;
+  char* own;
+  int64_t own_bytes;
+  int thread, threads;
+};
+
+template <class Call>
+struct Kernel {
+  ScratchBytes (*scratch)(const Call& call);
+  void (*run)(const Call& call, const Share& share);
+};
+
+#define EMO_DECLARE_KERNEL(Call, name)       \
+  const Kernel<Call>& name##_portable_f32(); \
+  const Kernel<Call>& name##_portable_f64(); \
+  const Kernel<Call>& name##_avx2_f32();     \
+  const Kernel<Call>& name##_avx512_f32();   \
+  const Kernel<Call>& name##_neon_f32()
+
+EMO_DECLARE_KERNEL(PixelsCall, pixels_kernel);
+EMO_DECLARE_KERNEL(DepthwiseCall, depthwise_conv2d_kernel);
+EMO_DECLARE_KERNEL(DepthwiseBackwardCall, depthwise_conv2d_backward_kernel);
+EMO_DECLARE_KERNEL(ExpandCall, expand_kernel);
+EMO_DECLARE_KERNEL(ExpandBackwardCall, expand_backward_kernel);
+EMO_DECLARE_KERNEL(ShrinkCall, shrink_kernel);
+EMO_DECLARE_KERNEL(ShrinkBackwardCall, shrink_backward_kernel);
+EMO_DECLARE_KERNEL(AttentionCall, window_attention_kernel);
+EMO_DECLARE_KERNEL(AttentionBackwardCall, window_attention_backward_kernel);
+
+// In the file compiled per instruction set, behind kKernel<T>.
+#define EMO_JOIN_(a, b, c) a##b##c
+#define EMO_JOIN(a, b, c) EMO_JOIN_(a, b, c)
+#if defined(EMO_ISA_PORTABLE)
+#define EMO_DEFINE_KERNEL(Call, name)                                               \
+  const Kernel<Call>& EMO_JOIN(name##_, EMO_ISA, _f32)() { return kKernel<float>; } \
+  const Kernel<Call>& name##_portable_f64() { return kKernel<double>; }
+#else
+#define EMO_DEFINE_KERNEL(Call, name) \
+  const Kernel<Call>& EMO_JOIN(name##_, EMO_ISA, _f32)() { return kKernel<float>; }
+#endif
+
+}  // namespace emo_kernels::cpu

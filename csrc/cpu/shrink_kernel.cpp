@@ -1,0 +1,147 @@
+// Computes  out = residual + drop_scale W t, t = local + gate silu(scale y + shift): batch norm,
+//           SiLU, skip and projection of a training step; and the sums of out that the next
+//           block's batch norm wants.
+// Tiling    up to 224 pixels at a time; panels of expanded channels pass: t of one panel is formed
+//           in the L1 cache and multiplied into all outputs, which stay in the L2 cache.
+// Traffic   reads y, local and residual once, writes out once.
+// Numerics  sums in the element type, panel by panel; the same bits for any split.
+// Limits    none on sizes.
+#include "cpu/launch.h"
+#include "cpu/norm_rows.h"
+#include "cpu/threads.h"
+
+namespace emo_kernels::cpu {
+namespace {
+
+template <class T>
+struct Layout {
+  int64_t most, panels;
+  Blocked<T> weight;  // shared: the transpose, (M, O)
+  T *scale, *shift, *pivot;
+  double* sums;    // own: [2][panels of O * P]
+  Blocked<T> acc;  // own
+  T* t;
+
+  Layout(const ShrinkCall& c, Places& shared, Places& own) {
+    constexpr int64_t P = kPanel<T>;
+    panels = ceil_div(c.M, P);
+    most = most_pixels<T>(ceil_div(c.O, P) * P + P);
+    weight = Blocked<T>::at(shared, c.M, c.O);
+    scale = shared.take<T>(panels * P);
+    shift = shared.take<T>(panels * P);
+    pivot = shared.take<T>(weight.panels() * P);
+    sums = own.take<double>(2 * weight.panels() * P);
+    acc = Blocked<T>::at(own, most, c.O);
+    t = own.take<T>((most + kMostGemmRows) * P);
+  }
+};
+
+template <class T>
+ScratchBytes scratch(const ShrinkCall& call) {
+  Places shared{nullptr}, own{nullptr};
+  const Layout<T> layout(call, shared, own);
+  return {shared.used, own.used};
+}
+
+// t of one panel.
+template <class T>
+void activate_panel(const ShrinkCall& c, const Layout<T>& l, int64_t first, int64_t rows,
+                    int64_t p) {
+  using V = Vec<T, kLanesOf<T>>;
+  constexpr int64_t P = kPanel<T>;
+  const int64_t m = p * P, channels = min<int64_t>(P, c.M - m);
+  const T *y = static_cast<const T*>(c.y), *local = static_cast<const T*>(c.local);
+  const T* const gate = static_cast<const T*>(c.gate);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = (first + i) * c.M + m;
+    const T* const gates = gate ? gate + (first + i) / c.pixels * c.M + m : nullptr;
+    each_lane_of<T>(channels, [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
+      V v = silu<T>(fma(load_some<V>(y + at + lane, count), load<V>(l.scale + m + lane),
+                        load<V>(l.shift + m + lane)));
+      if (gates) v *= load_some<V>(gates + lane, count);
+      if (local) v += load_some<V>(local + at + lane, count);
+      store(l.t + i * P + lane, v);
+    });
+  }
+}
+
+template <class T>
+void store_rows(const ShrinkCall& c, const Layout<T>& l, int64_t first, int64_t rows) {
+  using V = Vec<T, kLanesOf<T>>;
+  const T *residual = static_cast<const T*>(c.residual),
+          *drop = static_cast<const T*>(c.drop_scale);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t at = (first + i) * c.O;
+    const T factor = drop ? drop[(first + i) / c.pixels] : T(1);
+    each_lane_of<T>(c.O, [&](int64_t o, int64_t count) __attribute__((always_inline)) {
+      V v = load<V>(l.acc.panel(o / kPanel<T>) + i * kPanel<T> + o % kPanel<T>);
+      if (drop) v *= factor;
+      if (residual) v += load_some<V>(residual + at + o, count);
+      store_some(static_cast<T*>(c.out) + at + o, v, count);
+    });
+  }
+}
+
+// The sums of what was stored, while it is in the cache.
+template <class T>
+void add_sums(const ShrinkCall& c, const Layout<T>& l, int64_t first, int64_t rows) {
+  using V = Vec<T, kLanesOf<T>>;
+  constexpr int64_t P = kPanel<T>;
+  const T* const out = static_cast<const T*>(c.out) + first * c.O;
+  for (int64_t p = 0; p < l.weight.panels(); ++p) {
+    double* const sums = l.sums + p * P;
+    sum_rows<T>(rows, l.weight.channels(p), sums, sums + l.weight.panels() * P,
+                [&](int64_t i, int64_t lane, int64_t count, V& a, V& b)
+                    __attribute__((always_inline)) {
+                      const V v = load_some<V>(out + i * c.O + p * P + lane, count) -
+                                  load<V>(l.pivot + p * P + lane);
+                      a = b = v;
+                    });
+  }
+}
+
+template <class T>
+void run(const ShrinkCall& call, const Share& share) {
+  constexpr int64_t P = kPanel<T>;
+  Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
+  const Layout<T> l(call, shared, own);
+  each_of_mine(l.weight.panels(), share, [&](int64_t p) {
+    const T* const pivot = static_cast<const T*>(call.pivot);
+    pack_transposed(static_cast<const T*>(call.weight), call.M, l.weight, p);
+    copy_padded<T>(pivot ? pivot + p * P : nullptr, l.weight.channels(p), l.pivot + p * P, P);
+  });
+  fill_zero(l.sums, 2 * l.weight.panels() * P);
+  if (share.thread == 0) {
+    const T *scale = static_cast<const T*>(call.scale), *shift = static_cast<const T*>(call.shift);
+    for (int64_t m = 0; m < l.panels * P; ++m) {
+      l.scale[m] = m >= call.M ? T(0) : scale ? scale[m] : T(1);
+      l.shift[m] = m < call.M && shift ? shift[m] : T(0);
+    }
+  }
+  team_barrier();
+  each_step(call.N * call.pixels, l.most, share.thread, share.threads,
+            [&](int64_t first, int64_t rows) {
+              for (int64_t p = 0; p < l.panels; ++p) {
+                activate_panel(call, l, first, rows, p);
+                const int64_t channels = min<int64_t>(P, call.M - p * P);
+                multiply_all(l.t, 0, channels, rows, l.weight, p * P, l.acc, p > 0);
+              }
+              store_rows(call, l, first, rows);
+              if (call.sums) add_sums(call, l, first, rows);
+            });
+  if (call.sums == nullptr) return;
+  team_barrier();
+  each_of_mine(2 * call.O, share, [&](int64_t i) {
+    const int64_t at = i / call.O * l.weight.panels() * P + i % call.O;
+    call.sums[i] = total(l.sums + at, share);
+  });
+}
+
+template <class T>
+constexpr Kernel<ShrinkCall> kKernel = {scratch<T>, run<T>};
+
+}  // namespace
+
+EMO_DEFINE_KERNEL(ShrinkCall, shrink_kernel)
+
+}  // namespace emo_kernels::cpu

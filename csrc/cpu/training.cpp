@@ -1,0 +1,162 @@
+// Entry points of the training kernels: choose the instruction set, make room, run the team.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/isa.h"
+#include "cpu/launch.h"
+#include "cpu/threads.h"
+#include "emo_kernels.h"
+
+namespace emo_kernels::cpu {
+namespace {
+
+#ifdef EMO_HAS_AVX2
+#define EMO_CASE_AVX2(name) \
+  case Isa::kAvx2:          \
+    return name##_avx2_f32();
+#else
+#define EMO_CASE_AVX2(name)
+#endif
+#ifdef EMO_HAS_AVX512
+#define EMO_CASE_AVX512(name) \
+  case Isa::kAvx512:          \
+    return name##_avx512_f32();
+#else
+#define EMO_CASE_AVX512(name)
+#endif
+#ifdef EMO_HAS_NEON
+#define EMO_CASE_NEON(name) \
+  case Isa::kNeon:          \
+    return name##_neon_f32();
+#else
+#define EMO_CASE_NEON(name)
+#endif
+
+// kernel_for(call): the kernel of the call's type for its element type and this machine.
+#define EMO_KERNEL_FOR(Call, name)                                   \
+  const Kernel<Call>& kernel_for(const Call& call) {                 \
+    const Isa isa = selected();                                      \
+    if (call.dtype == DType::kFloat64) return name##_portable_f64(); \
+    switch (isa) {                                                   \
+      EMO_CASE_AVX512(name)                                          \
+      EMO_CASE_AVX2(name)                                            \
+      EMO_CASE_NEON(name)                                            \
+      default:                                                       \
+        return name##_portable_f32();                                \
+    }                                                                \
+  }
+
+EMO_KERNEL_FOR(PixelsCall, pixels_kernel)
+EMO_KERNEL_FOR(DepthwiseCall, depthwise_conv2d_kernel)
+EMO_KERNEL_FOR(DepthwiseBackwardCall, depthwise_conv2d_backward_kernel)
+EMO_KERNEL_FOR(ExpandCall, expand_kernel)
+EMO_KERNEL_FOR(ExpandBackwardCall, expand_backward_kernel)
+EMO_KERNEL_FOR(ShrinkCall, shrink_kernel)
+EMO_KERNEL_FOR(ShrinkBackwardCall, shrink_backward_kernel)
+EMO_KERNEL_FOR(AttentionCall, window_attention_kernel)
+EMO_KERNEL_FOR(AttentionBackwardCall, window_attention_backward_kernel)
+
+template <class Call>
+struct Team {
+  const Call* call;
+  const Kernel<Call>* kernel;
+  Share share;
+};
+
+template <class Call>
+void run_thread(void* context, int thread, int threads) {
+  const auto& team = *static_cast<const Team<Call>*>(context);
+  Share share = team.share;
+  share.thread = thread;
+  share.threads = threads;
+  team.kernel->run(*team.call, share);
+}
+
+int64_t cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+template <class Call>
+void launch(const Call& call) {
+  if (call.N == 0) return;
+  const Kernel<Call>& kernel = kernel_for(call);
+  const ScratchBytes bytes = kernel.scratch(call);
+  // A page between the threads' buffers: no two share a line, and ends may be read past.
+  const int64_t shared = cache_lines(bytes.shared) + 4096, own = cache_lines(bytes.own) + 4096;
+  char* const data = static_cast<char*>(thread_scratch(shared + call.threads * own));
+  Team<Call> team{&call, &kernel, {data, data + shared, own, 0, 1}};
+  run_team(call.threads, run_thread<Call>, &team);
+}
+
+void check(bool right, const char* what) {
+  if (!right) throw std::invalid_argument(what);
+}
+
+template <class Call>
+void check_convolution(const Call& c) {
+  check(c.K >= 1 && c.K <= kMostTaps && c.stride >= 1 && c.dilation >= 1 && c.padding >= 0 &&
+            c.H + 2 * c.padding >= c.dilation * (c.K - 1) + 1 &&
+            c.W + 2 * c.padding >= c.dilation * (c.K - 1) + 1 && c.C >= 1 && c.threads >= 1,
+        "depthwise_conv2d: sizes");
+}
+
+}  // namespace
+
+void pixels(const PixelsCall& call) {
+  check(call.C >= 1 && call.pixels >= 1 && call.threads >= 1, "pixels: sizes");
+  launch(call);
+}
+
+void depthwise_conv2d(const DepthwiseCall& call) {
+  check_convolution(call);
+  check(call.x && call.weight && call.y, "depthwise_conv2d: a null pointer");
+  launch(call);
+}
+
+void depthwise_conv2d_backward(const DepthwiseBackwardCall& call) {
+  check_convolution(call);
+  check(call.grad && call.weight && (call.x || !call.dweight) && (call.y || !call.coefficients),
+        "depthwise_conv2d_backward: a null pointer");
+  launch(call);
+}
+
+void expand(const ExpandCall& call) {
+  check(call.x && call.weight && call.out, "expand: a null pointer");
+  check(call.C >= 1 && call.M >= 1 && call.pixels >= 1 && call.threads >= 1, "expand: sizes");
+  launch(call);
+}
+
+void expand_backward(const ExpandBackwardCall& call) {
+  check(call.x && call.weight && call.grad, "expand_backward: a null pointer");
+  check(call.C >= 1 && call.M >= 1 && call.pixels >= 1 && call.threads >= 1,
+        "expand_backward: sizes");
+  launch(call);
+}
+
+void shrink(const ShrinkCall& call) {
+  check(call.y && call.weight && call.out, "shrink: a null pointer");
+  check(call.M >= 1 && call.O >= 1 && call.pixels >= 1 && call.threads >= 1, "shrink: sizes");
+  launch(call);
+}
+
+void shrink_backward(const ShrinkBackwardCall& call) {
+  check(call.y && call.weight && call.grad, "shrink_backward: a null pointer");
+  check(call.M >= 1 && call.O >= 1 && call.pixels >= 1 && call.threads >= 1,
+        "shrink_backward: sizes");
+  launch(call);
+}
+
+void window_attention(const AttentionCall& call) {
+  check(call.x && call.out, "window_attention: a null pointer");
+  check(call.head_dim >= 1 && call.C % call.head_dim == 0 && call.threads >= 1,
+        "window_attention: sizes");
+  launch(call);
+}
+
+void window_attention_backward(const AttentionBackwardCall& call) {
+  check(call.x && call.grad, "window_attention_backward: a null pointer");
+  check(call.head_dim >= 1 && call.C % call.head_dim == 0 && call.threads >= 1,
+        "window_attention_backward: sizes");
+  launch(call);
+}
+
+}  // namespace emo_kernels::cpu

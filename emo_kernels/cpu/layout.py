@@ -1,0 +1,63 @@
+"""Tensors as the compiled kernels take them: dense, channels innermost, by address."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.float64: 1}
+NORMS = {"none": 0, "affine": 1, "layer": 2}
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
+WINDOWS = {"grid": 0, "block": 1, "both": 2}
+
+
+def wrong_dtype(x: Tensor) -> str | None:
+    """Why the kernels do not take the maps' dtype, or ``None``."""
+    if x.dtype not in DTYPES:
+        return f"the cpu kernels compute in float32 and float64, got {x.dtype}"
+    return None
+
+
+def pixels(x: Tensor) -> Tensor:
+    """(N, C, H, W) as the dense matrix (N, H, W, C) of its pixels; a copy only if need be."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def new_map(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
+    """An uninitialised (N, C, H, W) map with dense pixels."""
+    return torch.empty_strided((n, c, h, w), (h * w * c, 1, w * c, c), dtype=like.dtype)
+
+
+def dense(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A vector or matrix without gaps, in the dtype of the maps."""
+    return None if value is None else value.to(dtype).contiguous()
+
+
+def dense_map(value: Tensor | None) -> Tensor | None:
+    """A map as :func:`pixels` gives it, if there is one."""
+    return None if value is None else pixels(value)
+
+
+def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Where the tensors lie; 0 for those absent. The caller keeps them alive."""
+    return tuple([0 if t is None else t.data_ptr() for t in tensors])
+
+
+def doubles(*shape: int) -> Tensor:
+    """Uninitialised float64."""
+    return torch.empty(shape, dtype=torch.float64)
+
+
+def like(values: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient in the dtype, shape and strides of its parameter."""
+    values = values.reshape(parameter.shape)
+    if values.dtype == parameter.dtype and values.stride() == parameter.stride():
+        return values
+    return torch.empty_like(parameter).copy_(values)
+
+
+def chosen(grads: list[Tensor | None], needed: Any) -> list[Tensor]:
+    """Those of the gradients that are needed, in order."""
+    return [g for g, n in zip(grads, needed, strict=True) if n and g is not None]

@@ -1,0 +1,39 @@
+"""The channel means of squeeze-excite, forward and backward: launchers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emo_kernels import _C
+from emo_kernels.cpu import layout
+
+_SQUEEZE, _BACKWARD = 2, 3  # PixelsOp of csrc/emo_kernels.h
+
+
+def squeeze(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(N, M): the mean over an image's pixels of silu(scale[m] y + shift[m])."""
+    n, m, h, w = y.shape
+    if y.numel() == 0:
+        return y.new_zeros((n, m))
+    y, rows = layout.pixels(y), torch.stack([scale, shift])
+    means = torch.empty((n, m), dtype=y.dtype)
+    pointers = layout.addresses(y, None, None, None, rows, means, None, None)
+    threads = torch.get_num_threads()
+    _C.pixels(layout.DTYPES[y.dtype], _SQUEEZE, pointers, (n, h * w, m), threads)
+    return means
+
+
+def squeeze_backward(grad: Tensor, y: Tensor, affine: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+    """dz with what comes through the means, and its sums (2, M) in float64."""
+    n, m, h, w = y.shape
+    out = layout.new_map(y, n, m, h, w)
+    if y.numel() == 0:
+        return out, y.new_zeros((2, m), dtype=torch.float64)
+    sums = layout.doubles(2, m)
+    y, dz, affine = layout.pixels(y), layout.pixels(dz), affine.contiguous()
+    means = grad.to(y.dtype).contiguous()
+    pointers = layout.addresses(y, dz, None, None, affine, means, out, sums)
+    threads = torch.get_num_threads()
+    _C.pixels(layout.DTYPES[y.dtype], _BACKWARD, pointers, (n, h * w, m), threads)
+    return out, sums
