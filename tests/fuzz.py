@@ -6,6 +6,7 @@ A failing example prints its row, which can be pasted into ``shapes.py``.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import memory
@@ -14,7 +15,7 @@ from contract import OperatorContract
 from grid import DTYPES, refusal, slow_motion
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import Layouts
+from numerics import Case, Layouts
 from shapes import Row
 
 SIDES = st.one_of(st.sampled_from([1, 2, 3]), st.integers(1, 17))
@@ -84,13 +85,21 @@ class FuzzContract(OperatorContract):
         def one(data: Any) -> None:
             row = data.draw(random_rows(self.operator), label="row")
             layouts = data.draw(random_layouts(), label="layouts")
-            case = self.case(row, seed=data.draw(st.integers(0, 3), label="seed"))
+            seed = data.draw(st.integers(0, 3), label="seed")
+            case = self.case(row, seed=seed)
             name = "fp64" if backend == "reference" else data.draw(st.sampled_from(list(DTYPES)))
             if refusal(self.operator, backend, case, DTYPES[name]) is None:
-                gradients = self.owns_gradient(backend, DTYPES[name])
-                self.check(backend, case, DTYPES[name], layouts=layouts, gradients=gradients)
+                if self.owns_gradient(backend, DTYPES[name]):
+                    make = partial(self.draw, row)
+                    self.check_gradients(backend, DTYPES[name], make, seed=seed, layouts=layouts)
+                else:
+                    self.check(backend, case, DTYPES[name], layouts=layouts, gradients=False)
 
         one()
+
+    def draw(self, row: Row, seed: int) -> Case:
+        """One draw of a row's call."""
+        return self.case(row, seed=seed)
 
     def test_fuzz(self, backend: str) -> None:
         self.fuzz(backend, examples=20 if slow_motion(backend) else 60)

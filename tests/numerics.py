@@ -173,6 +173,7 @@ def check_draws(
     *,
     oracle: Function,
     device: str,
+    layouts: Layouts = DENSE,
     name: str,
 ) -> list[Comparison]:
     """The rule over several draws of one call, as if they were one larger call.
@@ -180,24 +181,26 @@ def check_draws(
     A result of one number gives one error, and the yardstick's single error is as likely tiny as
     not: which of two honest kernels is nearer is then a matter of luck. Over some draws it is not.
     """
-    pooled: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    pooled: dict[str, list[tuple[Tensor, ...]]] = {}
     for case in cases:
         rounded = round_all(case.tensors, dtype)
         wanted = case.differentiable()
         grad = _rounded_grad_output(oracle, rounded, case, dtype, exact=False)
         truth = _Truth(oracle, reference, rounded, grad, case, wanted, dtype)
+        inputs = _laid_out(rounded, layouts, device)
         got = run(
-            function, _laid_out(rounded, DENSE, device), case.options, wanted, grad.to(device)
+            function, inputs, case.options, wanted, with_layout(grad.to(device), layouts.grad)
         )
-        for key, actual in got.items():
-            if key in case.dead:
-                continue
-            pooled.setdefault(key, []).append((actual, truth.want[key], truth.eager[key]))
+        for key in got.keys() - set(case.dead):
+            if key == "qk_bias":
+                _assert_dead_half(got[key], truth, f"{name}: {key}")
+            tensors = (got[key], truth.want[key], truth.eager[key])
+            pooled.setdefault(key, []).append(tuple(_live(key, t) for t in tensors))
     return [_compare_pool(f"{name}: {key}", draws, dtype) for key, draws in pooled.items()]
 
 
 def _compare_pool(
-    label: str, draws: Sequence[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype
+    label: str, draws: Sequence[tuple[Tensor, ...]], dtype: torch.dtype
 ) -> Comparison:
     got, want, eager = (
         torch.cat([tensor.detach().cpu().flatten() for tensor in part])
@@ -248,25 +251,31 @@ def _compare(key: str, actual: Tensor, truth: _Truth, label: str) -> Comparison:
         assert_structural_zero(actual, scale, dtype, name=label)
         return Comparison(label, 0.0, 0.0, 0.0, 0.0)
 
-    def part(t: Tensor) -> Tensor:
-        return t.chunk(2)[0] if key == "qk_bias" else t
-
-    if key == "qk_bias":  # its K half shifts every logit of a row alike: no gradient
-        live, zero = actual.chunk(2)
-        # On a map of few pixels the Q half may cancel as well; then the weight's gradient counts.
-        scale = truth.case.sharpness * max(
-            float(live.norm()), 0.1 * float(truth.want.get("qk_weight", live).norm())
-        )
-        assert_structural_zero(zero, scale, dtype, name=f"{label} (K half)")
+    if key == "qk_bias":
+        _assert_dead_half(actual, truth, label)
     return assert_kernel_close(
-        part(actual),
-        part(truth.want[key]),
-        part(truth.eager[key]) if truth.eager else None,
+        _live(key, actual),
+        _live(key, truth.want[key]),
+        _live(key, truth.eager[key]) if truth.eager else None,
         dtype,
         name=label,
         gradient=key != "out",
-        fallback=lambda: part(truth.fp32[key]),
+        fallback=lambda: _live(key, truth.fp32[key]),
     )
+
+
+def _live(key: str, gradient: Tensor) -> Tensor:
+    """Without the K half of the qk bias, which shifts every logit of a row alike: no gradient."""
+    return gradient.chunk(2)[0] if key == "qk_bias" else gradient
+
+
+def _assert_dead_half(actual: Tensor, truth: _Truth, label: str) -> None:
+    live, zero = actual.chunk(2)
+    # On a map of few pixels the Q half may cancel as well; then the weight's gradient counts.
+    scale = truth.case.sharpness * max(
+        float(live.norm()), 0.1 * float(truth.want.get("qk_weight", live).norm())
+    )
+    assert_structural_zero(zero, scale, truth.dtype, name=f"{label} (K half)")
 
 
 def _rounded_grad_output(
