@@ -14,7 +14,8 @@ from emo_kernels.cpu.depthwise_conv2d import (
 )
 from emo_kernels.cpu.expand import expand, expand_backward, expand_unsupported
 from emo_kernels.cpu.irmb import irmb, irmb_bind, irmb_unsupported
-from emo_kernels.cpu.irmb_training import irmb_training_unsupported, keeps_local_gradient
+from emo_kernels.cpu.irmb_training import irmb_training_unsupported
+from emo_kernels.cpu.irmb_training import keeps_local_gradient as keeps_local_gradient
 from emo_kernels.cpu.shrink import (
     shrink,
     shrink_backward,
@@ -44,7 +45,6 @@ __all__ = [
     "irmb_bind",
     "irmb_training_unsupported",
     "irmb_unsupported",
-    "keeps_local_gradient",
     "shrink",
     "shrink_backward",
     "shrink_statistics",
