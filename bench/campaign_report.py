@@ -48,7 +48,7 @@ def short_report(state: State, names: list[str], prints: dict[str, str]) -> str:
     return "\n".join([*lines, "", *verdicts(state["parts"]), "", *state.get("notes", [])])
 
 
-GATES = {"eager": 1.9, "compile": 1.25}  # issue 3: EMO-5M, bf16 training step, batch 256
+GATES = {"eager": 1.9, "compile": 1.25}  # to ship: EMO-5M, bf16 training step, batch 256
 MEMORY_GATE = 0.55  # of eager's peak
 
 

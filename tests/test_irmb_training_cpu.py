@@ -13,7 +13,7 @@ from test_irmb_training import kernels, plain, statistics_of, training_case
 
 from emo_kernels import backends, reference
 
-_C = pytest.importorskip("emo_kernels._C")
+_C = pytest.importorskip("emo_kernels._C", reason="the compiled module is not built")
 pytestmark = pytest.mark.skipif(
     backends.unavailable("cpu") is not None, reason="the cpu backend is not compiled"
 )

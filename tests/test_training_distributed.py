@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from pathlib import Path
 
@@ -35,7 +34,6 @@ def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def train_a_share(rank: int, backend: str, folder: str) -> None:
     """What one process does; it leaves its results in ``folder``."""
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "localhost", "0"
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", len(SHARES))
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=len(SHARES))

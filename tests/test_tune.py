@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton is not installed")
 
 import fake_kernels
 from fake_kernels import Parameters, doubled, key_of, rule

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="triton is not installed")
 
 import fake_kernels
 from fake_kernels import Parameters, key_of, rule
