@@ -200,16 +200,6 @@ def _expand_fwd_rule(arch: int, *, p: int, k: int, m: int, itemsize: int) -> dic
     }
 
 
-def precision(x: Tensor) -> str:
-    """How tl.dot multiplies fp32 operands."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def operand(weight: Tensor, x: Tensor) -> Tensor:
-    """A 1x1 weight as the dense matrix (O, I) in the type of ``x``."""
-    return weight.reshape(weight.shape[0], weight.shape[1]).to(x.dtype).contiguous()
-
-
 def expand(
     x: Tensor,
     weight: Tensor,
@@ -237,7 +227,7 @@ def expand(
     with layout.on_device(x):
         _expand_fwd_kernel[(programs * groups,)](
             x,
-            operand(weight, x),
+            layout.operand(weight, x),
             None if bias is None else bias.contiguous(),
             statistics,
             None if norm_weight is None else norm_weight.contiguous(),
@@ -249,7 +239,7 @@ def expand(
             GROUPS=groups,
             NORM=norm,
             ACT=act,
-            PRECISION=precision(x),
+            PRECISION=layout.precision(),
             **tiles,
         )
     return out

@@ -22,20 +22,19 @@ from torch import Tensor
 
 from emo_kernels.triton import launch, layout
 from emo_kernels.triton.activation import activate_backward
-from emo_kernels.triton.expand import block_for, operand, pre_activation, precision, tile_of
+from emo_kernels.triton.expand import block_for, pre_activation, tile_of
 from emo_kernels.triton.expand_backward_fused import expand_backward_fused, fuses
 from emo_kernels.triton.expand_backward_input import expand_backward_input
 from emo_kernels.triton.expand_backward_terms import (
     Results,
     Tensors,
     Wants,
-    add_partials,
     new_partials,
-    padded_parts,
 )
 from emo_kernels.triton.expand_backward_weight import expand_backward_weight
 from emo_kernels.triton.normalize import layer_norm_statistics
 from emo_kernels.triton.partials import reduce_partials
+from emo_kernels.triton.reduce_tall import reduce_tall, whole_groups
 
 
 @triton.jit
@@ -199,7 +198,7 @@ def _activation_gradient(
         itemsize=t.x.element_size(),
     )
     da = layout.new_map(t.x, n, m, h, w)
-    parts = padded_parts(triton.cdiv(p, tiles["BLOCK_P"]))
+    parts = whole_groups(triton.cdiv(p, tiles["BLOCK_P"]))
     partials = new_partials(want_bias, t.x, parts, m)
     programs = parts * triton.cdiv(m // groups, tiles["BLOCK_M"]) * groups
     with layout.on_device(t.x):
@@ -224,7 +223,7 @@ def _activation_gradient(
             GROUPS=groups,
             NORM=norm,
             ACT=act,
-            PRECISION=precision(t.x),
+            PRECISION=layout.precision(),
             **tiles,
         )
     return da, partials
@@ -242,10 +241,6 @@ def _expand_backward_split(
     if wants.weight:
         dw = expand_backward_weight(da, t, norm=norm, groups=groups)
     return Results(dx, dw, db, sums)
-
-
-def _dense(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
 
 
 def _no_pixels(
@@ -299,15 +294,15 @@ def expand_backward(
     t = Tensors(
         layout.pixels(grad),
         x,
-        operand(weight, x),
-        _dense(bias),
+        layout.operand(weight, x),
+        layout.dense(bias),
         layer_norm_statistics(x, eps) if norm == "layer" else None,
-        _dense(norm_weight),
-        _dense(norm_bias),
-        _dense(affine),
+        layout.dense(norm_weight),
+        layout.dense(norm_bias),
+        layout.dense(affine),
         None if out_grad is None else layout.pixels(out_grad),
-        None if out_weight is None else operand(out_weight, x),
-        _dense(drop_scale),
+        None if out_weight is None else layout.operand(out_weight, x),
+        layout.dense(drop_scale),
         None if residual is None or affine is not None else layout.pixels(residual),
     )
     wants = Wants(needed[0], needed[1], needed[2], needed[3] or (needed[4] and affine is None))
@@ -320,7 +315,7 @@ def expand_backward(
         dw = results.weight.view(-1, *weight.shape)
         grads.append(reduce_partials(dw, out=torch.empty_like(weight)))
     if bias is not None and results.bias is not None:
-        grads.append(add_partials(results.bias, torch.empty_like(bias)))
+        grads.append(reduce_tall(results.bias, out=torch.empty_like(bias)))
     return grads + _norm_gradients(results.sums, norm_weight, norm_bias, needed, affine is not None)
 
 
@@ -336,12 +331,12 @@ def _norm_gradients(
         return []
     if batch:
         both = torch.empty((2, sums.shape[2]), dtype=torch.float64, device=sums.device)
-        add_partials(sums[0], both[0])
-        add_partials(sums[1], both[1])
+        reduce_tall(sums[0], out=both[0])
+        reduce_tall(sums[1], out=both[1])
         return [both]
     grads = []
     if needed[3] and norm_weight is not None:
-        grads.append(add_partials(sums[1], torch.empty_like(norm_weight)))
+        grads.append(reduce_tall(sums[1], out=torch.empty_like(norm_weight)))
     if needed[4] and norm_bias is not None:
-        grads.append(add_partials(sums[0], torch.empty_like(norm_bias)))
+        grads.append(reduce_tall(sums[0], out=torch.empty_like(norm_bias)))
     return grads

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from emo_kernels.triton import launch, layout
 from emo_kernels.triton.activation import activate_backward
-from emo_kernels.triton.expand import load_normalized, load_statistics, precision
+from emo_kernels.triton.expand import load_normalized, load_statistics
 from emo_kernels.triton.expand_backward_terms import (
     Results,
     Tensors,
@@ -292,7 +292,7 @@ def expand_backward_fused(t: Tensors, wants: Wants, *, norm: str, act: str) -> R
             OUT=o,
             NORM=norm if t.affine is None else "batch",
             ACT=act,
-            PRECISION=precision(t.x),
+            PRECISION=layout.precision(),
             **tiles,
         )
     return results

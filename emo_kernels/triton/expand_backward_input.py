@@ -20,16 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from emo_kernels.triton import launch, layout
-from emo_kernels.triton.expand import block_for, load_statistics, precision, tile_of
+from emo_kernels.triton.expand import block_for, load_statistics, tile_of
 from emo_kernels.triton.expand_backward_terms import (
     Tensors,
     Wants,
     input_gradient,
     new_partials,
-    padded_parts,
     summed_value,
 )
 from emo_kernels.triton.normalize import load_channels, standardize
+from emo_kernels.triton.reduce_tall import whole_groups
 
 ROWS_MOST = 512  # of channels whose layer norm ends in the GEMM's epilogue
 
@@ -224,7 +224,7 @@ def _launch_gemm(
         rows=int(norm == "layer"),
         itemsize=t.x.element_size(),
     )
-    parts = padded_parts(triton.cdiv(p, tiles["BLOCK_P"]))
+    parts = whole_groups(triton.cdiv(p, tiles["BLOCK_P"]))
     partials = new_partials(want_sums, t.x, 2, parts, c)
     with layout.on_device(t.x):
         _expand_bwd_input_kernel[(parts * groups * triton.cdiv(c // groups, tiles["BLOCK_C"]),)](
@@ -243,7 +243,7 @@ def _launch_gemm(
             M=m,
             GROUPS=groups,
             NORM=norm,
-            PRECISION=precision(t.x),
+            PRECISION=layout.precision(),
             **tiles,
         )
     return partials
@@ -253,7 +253,7 @@ def _launch_layer_norm(dn: Tensor, t: Tensors, dx: Tensor | None, want_sums: boo
     n, c, h, w = t.x.shape
     p = n * h * w
     tiles = launch.tiles("expand_bwd_layer_norm", _layer_norm_rule, p=p, c=c)
-    parts = padded_parts(triton.cdiv(p, tiles["BLOCK_P"]))
+    parts = whole_groups(triton.cdiv(p, tiles["BLOCK_P"]))
     partials = new_partials(want_sums, t.x, 2, parts, c)
     with layout.on_device(t.x):
         _expand_bwd_layer_norm_kernel[(parts,)](

@@ -21,9 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from emo_kernels.triton.normalize import layer_norm_backward, load_channels, standardize
-from emo_kernels.triton.partials import reduce_partials
-
-_STEP = 64  # partials are added in two steps where they are many, this many in the second
 
 
 class Tensors(NamedTuple):
@@ -90,18 +87,3 @@ def input_gradient(
 def new_partials(wanted: bool, x: Tensor, *shape: int) -> Tensor | None:
     """A place for partial results, ``None`` unless wanted."""
     return torch.empty(shape, dtype=torch.float32, device=x.device) if wanted else None
-
-
-def padded_parts(parts: int) -> int:
-    """Partials to allocate for ``parts``: a multiple of 64 where they are added in two steps."""
-    return parts if parts <= 8 * _STEP else triton.cdiv(parts, _STEP) * _STEP
-
-
-def add_partials(partials: Tensor, out: Tensor) -> Tensor:
-    """``out`` (...) = the sum of ``partials`` (padded_parts, ...) over the first dimension."""
-    parts = partials.shape[0]
-    if parts > 8 * _STEP:
-        steps = partials.view(parts // _STEP, _STEP, *partials.shape[1:])
-        wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-        partials = reduce_partials(steps, out_dtype=wide)
-    return reduce_partials(partials, out=out)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emo_kernels.triton import launch, layout
-from emo_kernels.triton.expand import block_for, load_normalized, load_statistics, precision
+from emo_kernels.triton.expand import block_for, load_normalized, load_statistics
 from emo_kernels.triton.expand_backward_terms import Tensors
 
 MULTIPROCESSORS = 132  # of an H200; fixed, so that every GPU adds in the same order
@@ -140,7 +140,7 @@ def expand_backward_weight(da: Tensor, t: Tensors, *, norm: str, groups: int) ->
             M=m,
             GROUPS=groups,
             NORM=norm,
-            PRECISION=precision(t.x),
+            PRECISION=layout.precision(),
             **blocks,
         )
     return partials

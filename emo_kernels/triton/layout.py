@@ -1,4 +1,4 @@
-"""Maps as the kernels see them: the matrix (P, C) of a map's pixels, row by row, P = N H W."""
+"""Tensors as the kernels see them: a map is the matrix (P, C) of its pixels, row by row."""
 
 from __future__ import annotations
 
@@ -29,3 +29,23 @@ def new_map(
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Launch on the GPU that holds ``x``, whichever is current."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def dense(value: Tensor | None) -> Tensor | None:
+    """A vector or a small matrix without gaps."""
+    return None if value is None else value.contiguous()
+
+
+def dense_map(value: Tensor | None) -> Tensor | None:
+    """A map as :func:`pixels` gives it."""
+    return None if value is None else pixels(value)
+
+
+def operand(weight: Tensor, x: Tensor) -> Tensor:
+    """A 1x1 weight as the dense matrix (O, I) in the type of ``x``, as the dot wants it."""
+    return weight.reshape(weight.shape[0], weight.shape[1]).to(x.dtype).contiguous()
+
+
+def precision() -> str:
+    """How tl.dot multiplies fp32 operands."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -33,9 +33,9 @@ def reduce_tall(
         partials: (R, ...), R best of :func:`whole_groups`.
         out_dtype, out: as there.
     """
-    rows = partials.shape[0]
+    rows, kept = partials.shape[0], partials.dtype if out is None else out.dtype
     group = _group(rows)
     if group > 1 and rows % group == 0:
         grouped = partials.view(rows // group, group, *partials.shape[1:])
-        partials = reduce_partials(grouped, partials.dtype)
-    return reduce_partials(partials, out_dtype, out)
+        partials = reduce_partials(grouped, torch.float64)  # rounded once, at the end
+    return reduce_partials(partials, out_dtype or kept, out)

@@ -178,26 +178,6 @@ def shrink_fwd_rule(arch: int, *, p: int, m: int, o: int, bits: int) -> dict[str
     return tiles | {"BLOCK_O": block_o, "BLOCK_O2": block_o2, "num_warps": warps, "num_stages": 2}
 
 
-def dense(value: Tensor | None) -> Tensor | None:
-    """A vector or a small matrix without gaps."""
-    return None if value is None else value.contiguous()
-
-
-def dense_map(value: Tensor | None) -> Tensor | None:
-    """A map as :func:`layout.pixels` gives it."""
-    return None if value is None else layout.pixels(value)
-
-
-def projection(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as the dense matrix (O, M) in the dtype of the maps, as the dot wants it."""
-    return weight.reshape(weight.shape[0], weight.shape[1]).to(dtype).contiguous()
-
-
-def precision() -> str:
-    """How fp32 operands are multiplied."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _forward(
     y: Tensor,
     weight: Tensor,
@@ -224,14 +204,14 @@ def _forward(
     with layout.on_device(y):
         _shrink_fwd_kernel[(blocks * chunks,)](
             layout.pixels(y),
-            projection(weight, y.dtype),
-            dense(scale),
-            dense(shift),
-            dense_map(local),
-            dense_map(residual),
-            dense(gate),
-            dense(drop_scale),
-            dense(pivot),
+            layout.operand(weight, y),
+            layout.dense(scale),
+            layout.dense(shift),
+            layout.dense_map(local),
+            layout.dense_map(residual),
+            layout.dense(gate),
+            layout.dense(drop_scale),
+            layout.dense(pivot),
             out,
             partials,
             p,
@@ -239,7 +219,7 @@ def _forward(
             M=m,
             OUT=o,
             CHUNKS=chunks,
-            PRECISION=precision(),
+            PRECISION=layout.precision(),
             **tiles,
         )
     return out, None if partials is None else reduce_tall(partials, torch.float64)

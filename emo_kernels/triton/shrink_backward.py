@@ -15,7 +15,7 @@ from torch import Tensor
 
 from emo_kernels.triton import launch, layout
 from emo_kernels.triton.partials import reduce_partials
-from emo_kernels.triton.shrink import dense, dense_map, output_blocks, precision, projection
+from emo_kernels.triton.shrink import output_blocks
 from emo_kernels.triton.shrink_gradients import _shrink_bwd_kernel
 
 
@@ -153,7 +153,7 @@ def _run(kernel: str, inputs: _Inputs, parts: set[str]) -> dict[str, Tensor]:
             CHUNKS_M=chunks_m,
             CHUNKS_O=chunks_o,
             DT="none" if parts == {"weight"} else looped,
-            PRECISION=precision(),
+            PRECISION=layout.precision(),
             **tiles,
         )
     return {k: v for k, v in zip(_Gradients._fields, outputs, strict=True) if v is not None}
@@ -228,13 +228,13 @@ def _run_all(
     inputs = _Inputs(
         layout.pixels(grad),
         layout.pixels(y),
-        projection(weight, y.dtype),
-        dense(tensors["scale"]),
-        dense(tensors["shift"]),
-        dense_map(tensors["local"]),
-        dense(tensors["gate"]),
-        dense(tensors["drop_scale"]),
-        dense(affine),
+        layout.operand(weight, y),
+        layout.dense(tensors["scale"]),
+        layout.dense(tensors["shift"]),
+        layout.dense_map(tensors["local"]),
+        layout.dense(tensors["gate"]),
+        layout.dense(tensors["drop_scale"]),
+        layout.dense(affine),
     )
     found: dict[str, Tensor] = {}
     for kernel, wanted in _launches(parts, y, weight.shape[0]):

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emo_kernels.triton import layout
-from emo_kernels.triton.expand import expand, expand_unsupported, operand, precision
+from emo_kernels.triton.expand import expand, expand_unsupported
 from emo_kernels.triton.launch import INTERPRETER, tiles
 from emo_kernels.triton.normalize import row_statistics
 from emo_kernels.triton.window_attention_backward import window_attention_backward
@@ -261,7 +261,7 @@ def _forward(
         ACT=v_act,
         GRID=grid,
         ACCUMULATE=accumulate,
-        PRECISION=precision(x),
+        PRECISION=layout.precision(),
         BLOCK_T=block_t,
         BLOCK_D=head_block(head_dim),
         **blocks,
@@ -305,7 +305,7 @@ def window_attention(
             act=v_act,
             groups=v_groups,
         )
-    qk_matrix = None if qk_weight is None else operand(qk_weight, x)
+    qk_matrix = None if qk_weight is None else layout.operand(qk_weight, x)
     biases = vector(qk_bias), vector(v_bias) if windows.pads(x) else None
     norms = vector(norm_weight), vector(norm_bias)
     sizes: dict[str, Any] = {"head_dim": head_dim, "v_act": v_act}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from emo_kernels.triton import layout
-from emo_kernels.triton.expand import expand, operand
+from emo_kernels.triton.expand import expand
 from emo_kernels.triton.expand_backward import expand_backward
 from emo_kernels.triton.normalize import layer_norm_statistics
 from emo_kernels.triton.window_attention_gradients import (
@@ -96,7 +96,7 @@ class _Backward:
         self.windows, self.grids = Windows.of(x, window_size), GRIDS[window_mode]
         values_per_head = grad.shape[1] * head_dim // x.shape[1]
         self.large = not one_tile(x, self.windows, head_dim, values_per_head)
-        self.qk_matrix = None if self.qk_weight is None else operand(self.qk_weight, x)
+        self.qk_matrix = None if self.qk_weight is None else layout.operand(self.qk_weight, x)
         statistics = layer_norm_statistics(self.x, eps) if norm == "layer" else None
         self.norm = Norm(norm, vector(weight), vector(bias), statistics)
         self.affine = affine

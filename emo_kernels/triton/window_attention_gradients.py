@@ -29,7 +29,7 @@ from torch import Tensor
 
 from emo_kernels.triton import layout
 from emo_kernels.triton.activation import activate_backward
-from emo_kernels.triton.expand import block_for, load_statistics, precision
+from emo_kernels.triton.expand import block_for, load_statistics
 from emo_kernels.triton.launch import INTERPRETER, tiles
 from emo_kernels.triton.normalize import load_channels, standardize
 from emo_kernels.triton.partials import reduce_partials
@@ -193,7 +193,7 @@ def input_gradient(
         P=p,
         C=c,
         NORM=norm.kind,
-        PRECISION=precision(x),
+        PRECISION=layout.precision(),
         **blocks,
     )
     grads = [] if dx is None else [dx]
@@ -325,7 +325,7 @@ def weight_gradients(
         steps=steps,
         C=c,
         NORM=norm.kind,
-        PRECISION=precision(x),
+        PRECISION=layout.precision(),
         **blocks,
     )
     grads = []

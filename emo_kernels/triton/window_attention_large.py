@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from emo_kernels.triton import layout
-from emo_kernels.triton.expand import precision
 from emo_kernels.triton.launch import INTERPRETER, tiles
 from emo_kernels.triton.normalize import row_statistics
 from emo_kernels.triton.window_tiles import (
@@ -231,7 +230,7 @@ def project(
         C=c,
         D=head_dim,
         NORM=norm,
-        PRECISION=precision(x),
+        PRECISION=layout.precision(),
         BLOCK_D=head_block(head_dim),
         **blocks,
     )
@@ -297,7 +296,7 @@ def large_forward(
         ACT=v_act,
         GRID=grid,
         ACCUMULATE=accumulate,
-        PRECISION=precision(out),
+        PRECISION=layout.precision(),
         BLOCK_D=head_block(head_dim),
         **parameters,
     )

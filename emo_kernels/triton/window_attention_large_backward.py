@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emo_kernels.triton.expand import precision
+from emo_kernels.triton import layout
 from emo_kernels.triton.launch import tiles
 from emo_kernels.triton.window_attention_large import large_rule
 from emo_kernels.triton.window_tiles import (
@@ -376,7 +376,7 @@ def large_backward(
         "QK": qk.shape[1],
         "KEYS": qk.shape[1] - channels,
         "GRID": grid,
-        "PRECISION": precision(grad),
+        "PRECISION": layout.precision(),
         "BLOCK_D": head_block(head_dim),
         **parameters,
     }

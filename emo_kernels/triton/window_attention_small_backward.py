@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emo_kernels.triton.expand import load_statistics, precision
+from emo_kernels.triton import layout
+from emo_kernels.triton.expand import load_statistics
 from emo_kernels.triton.launch import INTERPRETER, tiles
 from emo_kernels.triton.window_attention_gradients import Norm
 from emo_kernels.triton.window_tiles import (
@@ -248,7 +249,7 @@ def small_backward(
         ACT=v_act,
         GRID=grid,
         ACCUMULATE=accumulate,
-        PRECISION=precision(x),
+        PRECISION=layout.precision(),
         BLOCK_T=max(16, triton.next_power_of_2(windows.tokens)),
         BLOCK_D=head_block(head_dim),
         **blocks,
