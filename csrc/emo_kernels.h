@@ -11,7 +11,7 @@
 
 namespace emo_kernels {
 
-enum class DType : int { kFloat32 = 0, kFloat64 = 1 };
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2 };
 enum class Norm : int { kNone = 0, kAffine = 1, kLayer = 2 };
 enum class Windows : int { kGrid = 0, kBlock = 1, kBoth = 2 };
 enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };

@@ -1,5 +1,7 @@
 # The CPU kernels: every *_kernel.cpp is compiled once per instruction set, the rest once.
 
+#
+# -DEMO_CPU_ISAS="portable;avx512" compiles fewer of them: a quick build of a kernel at work on.
 set(EMO_ISA_FLAGS_portable "")
 set(EMO_ISAS portable)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
@@ -10,6 +12,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   list(APPEND EMO_ISAS neon)
   set(EMO_ISA_FLAGS_neon "")
+endif()
+if(EMO_CPU_ISAS)
+  set(EMO_ISAS ${EMO_CPU_ISAS})
 endif()
 
 set(EMO_WARNINGS -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas

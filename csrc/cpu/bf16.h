@@ -1,0 +1,91 @@
+// Maps and weights in bfloat16, computed with in float: what turns one into the other.
+//
+// load_as<V> and store_as take memory of float, double or BFloat16, so that one kernel, over the
+// type it computes in and the type its maps lie in, serves them all.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace emo_kernels::cpu {
+namespace {
+
+// As torch.bfloat16 lies in memory: the upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class V>
+constexpr int kLanesIn = sizeof(V) / sizeof(V{}[0]);
+
+// `count` lanes from memory of the vector's own type or of BFloat16; beyond them 0.
+template <class V, class S>
+EMO_INLINE V load_as(const S* p, int64_t count = kLanesIn<V>) {
+  constexpr int kLanes = kLanesIn<V>;
+  if constexpr (sizeof(S) == 2) {
+    using Bits = Vec<uint16_t, kLanes>;
+    using Wide = Vec<uint32_t, kLanes>;
+    Bits bits{};
+    if (count >= kLanes) {
+      bits = load<Bits>(p);
+    } else {
+#if defined(EMO_ISA_AVX512)
+      if constexpr (kLanes == 16) {
+        bits = (Bits)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+      } else
+#endif
+        for (int64_t i = 0; i < count; ++i) bits[i] = p[i].bits;
+    }
+    return (V)(__builtin_convertvector(bits, Wide) << 16);
+  } else {
+    return count >= kLanes ? load<V>(p) : load_first<V>(p, count);
+  }
+}
+
+// To the nearest bfloat16, ties to even; a NaN stays one.
+template <class V>
+EMO_INLINE Vec<uint16_t, kLanesIn<V>> round_to_bf16(V v) {
+  using Wide = Vec<uint32_t, kLanesIn<V>>;
+  const Wide bits = (Wide)v;
+  const Wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Wide quiet = (bits >> 16) | 0x40;
+  const Wide is_nan = (Wide)(v != v);
+  return __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded),
+                                 Vec<uint16_t, kLanesIn<V>>);
+}
+
+template <class V, class S>
+EMO_INLINE void store_as(S* p, V v, int64_t count = kLanesIn<V>) {
+  constexpr int kLanes = kLanesIn<V>;
+  if constexpr (sizeof(S) == 2) {
+    const auto bits = round_to_bf16(v);
+    if (count >= kLanes) {
+      store(p, bits);
+    } else {
+#if defined(EMO_ISA_AVX512)
+      if constexpr (kLanes == 16) {
+        _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), (__m256i)bits);
+      } else
+#endif
+        for (int64_t i = 0; i < count; ++i) p[i].bits = bits[i];
+    }
+  } else if (count >= kLanes) {
+    store(p, v);
+  } else {
+    store_first(p, v, count);
+  }
+}
+
+// One element, in the type it is computed with.
+template <class T>
+EMO_INLINE T value_of(T value) {
+  return value;
+}
+EMO_INLINE float value_of(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+}  // namespace
+}  // namespace emo_kernels::cpu
