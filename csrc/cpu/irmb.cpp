@@ -15,6 +15,7 @@ const IrmbKernel& kernel_for(DType dtype) {
   switch (isa) {
 #ifdef EMO_HAS_AVX512
     case Isa::kAvx512:
+    case Isa::kAvx512Bf16:
       return irmb_kernel_avx512_f32();
 #endif
 #ifdef EMO_HAS_AVX2

@@ -25,6 +25,9 @@ constexpr Row kTable[] = {
 #ifdef EMO_HAS_AVX512
     {"avx512", Isa::kAvx512},
 #endif
+#ifdef EMO_HAS_AVX512BF16
+    {"avx512bf16", Isa::kAvx512Bf16},
+#endif
 };
 
 bool machine_has(Isa isa) {
@@ -36,6 +39,8 @@ bool machine_has(Isa isa) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("fma");
+    case Isa::kAvx512Bf16:
+      return machine_has(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
 #endif
     default:
       return true;  // portable and NEON: the baseline of their architecture

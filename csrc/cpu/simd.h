@@ -6,6 +6,9 @@
 
 #include <cstdint>
 
+#if defined(EMO_ISA_AVX512BF16)
+#define EMO_ISA_AVX512
+#endif
 #if defined(EMO_ISA_AVX512) || defined(EMO_ISA_AVX2)
 #include <immintrin.h>
 #endif

@@ -5,10 +5,11 @@
 set(EMO_ISA_FLAGS_portable "")
 set(EMO_ISAS portable)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  list(APPEND EMO_ISAS avx2 avx512)
+  list(APPEND EMO_ISAS avx2 avx512 avx512bf16)
   set(EMO_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(EMO_ISA_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c
       -mprefer-vector-width=512)
+  set(EMO_ISA_FLAGS_avx512bf16 ${EMO_ISA_FLAGS_avx512} -mavx512bf16)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   list(APPEND EMO_ISAS neon)
   set(EMO_ISA_FLAGS_neon "")
@@ -16,12 +17,15 @@ endif()
 if(EMO_CPU_ISAS)
   set(EMO_ISAS ${EMO_CPU_ISAS})
 endif()
+if("avx512bf16" IN_LIST EMO_ISAS AND NOT "avx512" IN_LIST EMO_ISAS)
+  list(APPEND EMO_ISAS avx512) # its fp32 kernels
+endif()
 
 set(EMO_WARNINGS -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
     -Wno-uninitialized -Wno-maybe-uninitialized) # GCC 12: false alarms inside its own avx512fintrin.h
 set(EMO_CPU_KERNELS irmb pixels depthwise_conv2d depthwise_conv2d_backward expand expand_backward
     shrink shrink_backward window_attention window_attention_backward)
-list(TRANSFORM EMO_CPU_KERNELS REPLACE "(.+)" "csrc/cpu/\\1_kernel.cpp")
+set(EMO_CPU_KERNELS_avx512bf16 irmb) # what has bfloat16 products; the rest runs as avx512
 add_library(emo_kernels_cpu STATIC csrc/cpu/irmb.cpp csrc/cpu/irmb_plan.cpp csrc/cpu/isa.cpp csrc/cpu/threads.cpp
     csrc/cpu/training.cpp)
 target_include_directories(emo_kernels_cpu PUBLIC csrc)
@@ -31,7 +35,12 @@ target_link_libraries(emo_kernels_cpu PRIVATE OpenMP::OpenMP_CXX)
 foreach(isa IN LISTS EMO_ISAS)
   string(TOUPPER ${isa} ISA)
   target_compile_definitions(emo_kernels_cpu PRIVATE EMO_HAS_${ISA})
-  add_library(emo_kernels_cpu_${isa} OBJECT ${EMO_CPU_KERNELS})
+  set(kernels ${EMO_CPU_KERNELS})
+  if(EMO_CPU_KERNELS_${isa})
+    set(kernels ${EMO_CPU_KERNELS_${isa}})
+  endif()
+  list(TRANSFORM kernels REPLACE "(.+)" "csrc/cpu/\\1_kernel.cpp")
+  add_library(emo_kernels_cpu_${isa} OBJECT ${kernels})
   target_include_directories(emo_kernels_cpu_${isa} PRIVATE csrc)
   target_compile_definitions(emo_kernels_cpu_${isa} PRIVATE EMO_ISA=${isa} EMO_ISA_${ISA})
   target_compile_options(emo_kernels_cpu_${isa} PRIVATE

@@ -21,6 +21,7 @@ namespace {
 #ifdef EMO_HAS_AVX512
 #define EMO_CASE_AVX512(name) \
   case Isa::kAvx512:          \
+  case Isa::kAvx512Bf16:      \
     return name##_avx512_f32();
 #else
 #define EMO_CASE_AVX512(name)
