@@ -58,8 +58,9 @@ struct IrmbCall {
 void irmb(const IrmbCall& call);
 
 // ---- one training step, operator by operator ----------------------------------------------------
-// Maps are (pixels, C) matrices in the element type; vectors likewise; sums in double. A null
-// result is not computed, a null operand is absent.
+// Maps are (pixels, C) matrices in the dtype; vectors, weights and their gradients in the type it
+// is computed in: float where maps are bfloat16, else the same; sums in double. A null result is
+// not computed, a null operand is absent.
 
 constexpr int64_t kMostTaps = 64;
 

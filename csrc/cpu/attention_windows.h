@@ -143,33 +143,35 @@ void transpose_rows(const Blocked<T>& map, int64_t row, int64_t tokens, const Bl
 
 // Columns [channel, channel + slice.columns) of a dense map, row by row as `pixels` says; padding
 // from `padding`, or zero.
-template <class T>
-void gather(const T* map, int64_t C, int64_t channel, const int64_t* pixels, int64_t rows,
+template <class T, class S>
+void gather(const S* map, int64_t C, int64_t channel, const int64_t* pixels, int64_t rows,
             const T* padding, const Blocked<T>& slice) {
   using V = Vec<T, kLanesOf<T>>;
   constexpr int64_t P = kPanel<T>;
   for (int64_t i = 0; i < rows; ++i) {
-    const T* from = pixels[i] >= 0 ? map + pixels[i] * C : padding;
+    const S* const from = pixels[i] >= 0 ? map + pixels[i] * C + channel : nullptr;
     each_lane_of<T>(slice.columns, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
       T* const to = slice.panel(c / P) + i * P + c % P;
-      store(to, from ? load_some<V>(from + channel + c, count) : V{});
+      store(to, from      ? load_as<V>(from + c, count)
+                : padding ? load_as<V>(padding + channel + c, count)
+                          : V{});
     });
   }
 }
 
 // The reverse; padding is dropped.
-template <class T>
+template <class T, class S>
 void scatter(const Blocked<T>& slice, const int64_t* pixels, int64_t rows, bool add,
-             int64_t channel, T* map, int64_t C) {
+             int64_t channel, S* map, int64_t C) {
   using V = Vec<T, kLanesOf<T>>;
   constexpr int64_t P = kPanel<T>;
   for (int64_t i = 0; i < rows; ++i) {
     if (pixels[i] < 0) continue;
-    T* const to = map + pixels[i] * C + channel;
+    S* const to = map + pixels[i] * C + channel;
     each_lane_of<T>(slice.columns, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
       V v = load<V>(slice.panel(c / P) + i * P + c % P);
-      if (add) v += load_some<V>(to + c, count);
-      store_some(to + c, v, count);
+      if (add) v += load_as<V>(to + c, count);
+      store_as(to + c, v, count);
     });
   }
 }

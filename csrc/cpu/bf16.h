@@ -75,6 +75,17 @@ EMO_INLINE void store_as(S* p, V v, int64_t count = kLanesIn<V>) {
   }
 }
 
+// What a load gives of v once it is stored.
+template <class S, class V>
+EMO_INLINE V as_stored(V v) {
+  if constexpr (sizeof(S) == 2) {
+    using Wide = Vec<uint32_t, kLanesIn<V>>;
+    return (V)(__builtin_convertvector(round_to_bf16(v), Wide) << 16);
+  } else {
+    return v;
+  }
+}
+
 // One element, in the type it is computed with.
 template <class T>
 EMO_INLINE T value_of(T value) {

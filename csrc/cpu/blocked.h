@@ -4,6 +4,7 @@
 // its lanes those up to panel_width are computed with, zero or whatever comes of zeros.
 #pragma once
 
+#include "cpu/bf16.h"
 #include "cpu/gemm.h"
 #include "cpu/launch.h"
 #include "cpu/pack.h"
@@ -58,22 +59,6 @@ void fill_zero(T* data, int64_t count) {
   for (int64_t i = 0; i < count; ++i) data[i] = T(0);
 }
 
-template <class V, class T>
-EMO_INLINE V load_some(const T* p, int64_t count) {
-  constexpr int64_t kLanes = sizeof(V) / sizeof(T);
-  return count >= kLanes ? load<V>(p) : load_first<V>(p, count);
-}
-
-template <class V, class T>
-EMO_INLINE void store_some(T* p, V v, int64_t count) {
-  constexpr int64_t kLanes = sizeof(V) / sizeof(T);
-  if (count >= kLanes) {
-    store(p, v);
-  } else {
-    store_first(p, v, count);
-  }
-}
-
 // f(lane, count) for the vectors of one panel; count: channels from lane on.
 template <class T, class F>
 EMO_INLINE void each_lane_of(int64_t channels, F f) {
@@ -81,17 +66,17 @@ EMO_INLINE void each_lane_of(int64_t channels, F f) {
 }
 
 // `rows` pixels of a dense (pixels, C) map into panels, scaled row by row where there is a scale.
-template <class T, class F>
-void load_rows(const T* map, int64_t C, int64_t rows, const Blocked<T>& to, F scale_of) {
+template <class T, class S, class F>
+void load_rows(const S* map, int64_t C, int64_t rows, const Blocked<T>& to, F scale_of) {
   using V = Vec<T, kLanesOf<T>>;
   for (int64_t i = 0; i < rows; ++i, map += C) {
     const T scale = scale_of(i);
     for (int64_t p = 0; p < to.panels(); ++p) {
       T* const row = to.panel(p) + i * kPanel<T>;
-      const T* const from = map + p * kPanel<T>;
+      const S* const from = map + p * kPanel<T>;
       each_lane_of<T>(to.channels(p),
                       [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
-                        store(row + lane, load_some<V>(from + lane, count) * scale);
+                        store(row + lane, load_as<V>(from + lane, count) * scale);
                       });
     }
   }
@@ -184,7 +169,7 @@ void add_up(const Blocked<T>& map, int64_t rows, T* out, const Share& share) {
       const T* const at = map.panel(c / kPanel<T>) + i * kPanel<T> + c % kPanel<T>;
       V sum = load<V>(of_thread(at, 0, share));
       for (int t = 1; t < share.threads; ++t) sum += load<V>(of_thread(at, t, share));
-      store_some(out + i * map.columns + c, sum, count);
+      store_as(out + i * map.columns + c, sum, count);
     });
   });
 }
@@ -206,7 +191,7 @@ void pack_straight(const T* weight, int64_t K, const Blocked<T>& to, int64_t p) 
   for (int64_t k = 0; k < K; ++k, from += to.columns, row += kPanel<T>) {
     each_lane_of<T>(to.channels(p),
                     [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
-                      store(row + lane, load_some<V>(from + lane, count));
+                      store(row + lane, load_as<V>(from + lane, count));
                     });
   }
 }

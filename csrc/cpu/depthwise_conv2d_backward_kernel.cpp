@@ -182,16 +182,16 @@ void (*weight_row_for(int64_t K, int64_t stride, int64_t dilation))(const Weight
   return weight_row_any<T>;
 }
 
-template <class T>
+template <class T, class S>
 DepthwiseRowFunction<T> dx_row_for(int64_t taps, int64_t reach) {
-  using E = MapEpilogue<T, false>;
+  using E = MapEpilogue<T, S, false>;
   if (reach == 1 && taps == 1) return depthwise_row<T, E, 1, 1>;
   if (reach == 1 && taps == 2) return depthwise_row<T, E, 2, 1>;
   if (reach == 1 && taps == 4) return depthwise_row<T, E, 4, 1>;
   return depthwise_row_for<T, E>(taps, 1, reach);
 }
 
-template <class T>
+template <class T, class S>
 class Gradient {
  public:
   Gradient(const Call& call, const Layout<T>& layout)
@@ -231,21 +231,21 @@ class Gradient {
   using V = Vec<T, kLanesOf<T>>;
 
   void load_dy(int64_t n, int64_t q, int64_t p0, int64_t p1) {
-    const T *grad = static_cast<const T*>(c_.grad), *y = static_cast<const T*>(c_.y);
+    const S *grad = static_cast<const S*>(c_.grad), *y = static_cast<const S*>(c_.y);
     const T* const rows = static_cast<const T*>(c_.coefficients);
     const int64_t C = c_.C, map_row = (n * l_.Ho + q) * l_.Wo;
     if (rows == nullptr) {
       fill_row(l_.dy, q, l_.Wo, map_row, C, p0, p1 - p0,
                [&](int64_t at, int64_t count, int64_t)
-                   __attribute__((always_inline)) { return load_some<V>(grad + at, count); });
+                   __attribute__((always_inline)) { return load_as<V>(grad + at, count); });
       return;
     }
     fill_row(l_.dy, q, l_.Wo, map_row, C, p0, p1 - p0,
              [&](int64_t at, int64_t count, int64_t channel) __attribute__((always_inline)) {
                const T* const c = rows + channel;
-               const V centred = load_some<V>(y + at, count) - load_some<V>(c + 3 * C, count);
-               return fma(load_some<V>(c, count), load_some<V>(grad + at, count),
-                          fma(load_some<V>(c + C, count), centred, load_some<V>(c + 2 * C, count)));
+               const V centred = load_as<V>(y + at, count) - load_as<V>(c + 3 * C, count);
+               return fma(load_as<V>(c, count), load_as<V>(grad + at, count),
+                          fma(load_as<V>(c + C, count), centred, load_as<V>(c + 2 * C, count)));
              });
   }
 
@@ -253,19 +253,19 @@ class Gradient {
   void prefetch(int64_t n, int64_t q, int64_t r, int64_t p) {
     if (q < l_.Ho) {
       const int64_t at = (n * l_.Ho + q) * l_.Wo * c_.C;
-      prefetch_row(static_cast<const T*>(c_.grad) + at, l_.Wo, c_.C, p);
-      if (c_.coefficients) prefetch_row(static_cast<const T*>(c_.y) + at, l_.Wo, c_.C, p);
+      prefetch_row<T>(static_cast<const S*>(c_.grad) + at, l_.Wo, c_.C, p);
+      if (c_.coefficients) prefetch_row<T>(static_cast<const S*>(c_.y) + at, l_.Wo, c_.C, p);
     }
     for (int64_t i = r; c_.dweight && i < min(c_.H, r + c_.stride); ++i) {
-      prefetch_row(static_cast<const T*>(c_.x) + (n * c_.H + i) * c_.W * c_.C, c_.W, c_.C, p);
+      prefetch_row<T>(static_cast<const S*>(c_.x) + (n * c_.H + i) * c_.W * c_.C, c_.W, c_.C, p);
     }
   }
 
   void load_x(int64_t n, int64_t r, int64_t p0, int64_t p1) {
-    const T* const x = static_cast<const T*>(c_.x);
+    const S* const x = static_cast<const S*>(c_.x);
     fill_row(l_.x, r, c_.W, (n * c_.H + r) * c_.W, c_.C, p0, p1 - p0,
              [&](int64_t at, int64_t count, int64_t)
-                 __attribute__((always_inline)) { return load_some<V>(x + at, count); });
+                 __attribute__((always_inline)) { return load_as<V>(x + at, count); });
   }
 
   void add_weight_rows(int64_t q, int64_t p, int64_t g) {
@@ -299,7 +299,7 @@ class Gradient {
     const int64_t before = taps_before(c_, phase_y) * c_.K;
     for (int64_t b = 0, taps = 0; b < min(c_.stride, c_.W); ++b) {
       const Phase columns(c_, b);
-      MapRow<T> row{};
+      MapRow<T, S> row{};
       row.K = columns.count;
       row.stride = 1;
       row.dilation = columns.reach;
@@ -308,16 +308,16 @@ class Gradient {
       row.columns = (c_.W - b + c_.stride - 1) / c_.stride;
       row.panel = P;
       row.width = min<int64_t>(P, c_.C - p * P);
-      row.map = static_cast<T*>(c_.dx) + begin + b * c_.C;
+      row.map = static_cast<S*>(c_.dx) + begin + b * c_.C;
       row.column_stride = c_.stride * c_.C;
-      row.add = c_.local_grad ? static_cast<const T*>(c_.local_grad) + begin + b * c_.C : nullptr;
+      row.add = c_.local_grad ? static_cast<const S*>(c_.local_grad) + begin + b * c_.C : nullptr;
       for (int64_t t = 0; t < rows.count && columns.count > 0; ++t) {
         const int64_t q = y / c_.stride + rows.origin + t * rows.reach;
         if (q < 0 || q >= l_.Ho) continue;
         if (row.taps == 0) row.first_tap = t;
         row.rows[row.taps++] = l_.dy.first(g, q) + columns.origin * P;
       }
-      dx_row_for<T>(columns.count, columns.reach)(row);
+      dx_row_for<T, S>(columns.count, columns.reach)(row);
       taps += columns.count;
     }
   }
@@ -347,7 +347,7 @@ void pack_phases(const Call& c, int64_t p, T* packed) {
   }
 }
 
-template <class T>
+template <class T, class S>
 void run(const Call& call, const Share& share) {
   constexpr int64_t P = kPanel<T>;
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
@@ -357,7 +357,7 @@ void run(const Call& call, const Share& share) {
     pack_phases<T>(call, p, l.weights + p * l.taps * P);
   }
   if (share.thread == 0) fill_zero(l.zeros, P);
-  Gradient<T> gradient(call, l);
+  Gradient<T, S> gradient(call, l);
   team_barrier();
   const int64_t total = call.N * l.Ho, end = share_of(total, share.thread + 1, share.threads);
   for (int64_t row = share_of(total, share.thread, share.threads); row < end;) {
@@ -383,8 +383,8 @@ void run(const Call& call, const Share& share) {
   }
 }
 
-template <class T>
-constexpr Kernel<Call> kKernel = {scratch<T>, run<T>};
+template <class T, class S>
+constexpr Kernel<Call> kKernel = {scratch<T>, run<T, S>};
 
 }  // namespace
 

@@ -42,14 +42,15 @@ ScratchBytes scratch(const DepthwiseCall& call) {
   return {shared.used, own.used};
 }
 
-template <class T>
+template <class T, class S>
 class Convolution {
  public:
   Convolution(const DepthwiseCall& call, const Layout<T>& layout)
       : c_(call),
         l_(layout),
-        run_(c_.sums ? depthwise_row_for<T, MapEpilogue<T, true>>(c_.K, c_.stride, c_.dilation)
-                     : depthwise_row_for<T, MapEpilogue<T, false>>(c_.K, c_.stride, c_.dilation)) {
+        run_(c_.sums
+                 ? depthwise_row_for<T, MapEpilogue<T, S, true>>(c_.K, c_.stride, c_.dilation)
+                 : depthwise_row_for<T, MapEpilogue<T, S, false>>(c_.K, c_.stride, c_.dilation)) {
     fill_zero(l_.totals, 2 * l_.panels * P);
     fill_zero(l_.ring.data, l_.group * l_.ring.panel_stride() + P);
   }
@@ -57,7 +58,7 @@ class Convolution {
   // Output rows [y0, y1) of image n, panels [p0, p1).
   void rows(int64_t n, int64_t y0, int64_t y1, int64_t p0, int64_t p1) {
     using V = Vec<T, kLanesOf<T>>;
-    const T* const x = static_cast<const T*>(c_.x);
+    const S* const x = static_cast<const S*>(c_.x);
     int64_t loaded = 0;
     for (int64_t y = y0; y < y1; ++y) {
       const int64_t top = y * c_.stride - c_.padding;
@@ -65,13 +66,13 @@ class Convolution {
       for (int64_t r = max(loaded, max<int64_t>(0, top)); r < end; ++r) {
         fill_row(l_.ring, r, c_.W, (n * c_.H + r) * c_.W, c_.C, p0, p1 - p0,
                  [&](int64_t at, int64_t count, int64_t)
-                     __attribute__((always_inline)) { return load_some<V>(x + at, count); });
+                     __attribute__((always_inline)) { return load_as<V>(x + at, count); });
       }
       loaded = max(loaded, end);
       const int64_t next = min(c_.H, end + c_.stride);
       for (int64_t p = p0; p < p1; ++p) {
         for (int64_t r = end; r < next && y + 1 < y1; ++r) {
-          prefetch_row(x + (n * c_.H + r) * c_.W * c_.C, c_.W, c_.C, p);
+          prefetch_row<T>(x + (n * c_.H + r) * c_.W * c_.C, c_.W, c_.C, p);
         }
         row(n, y, p, p - p0);
       }
@@ -82,7 +83,7 @@ class Convolution {
   static constexpr int64_t P = kPanel<T>;
 
   void row(int64_t n, int64_t y, int64_t p, int64_t g) {
-    MapRow<T> row{};
+    MapRow<T, S> row{};
     row.K = c_.K;
     row.stride = c_.stride;
     row.dilation = c_.dilation;
@@ -91,7 +92,7 @@ class Convolution {
     row.columns = l_.Wo;
     row.panel = P;
     row.width = min<int64_t>(P, c_.C - p * P);
-    row.map = static_cast<T*>(c_.y) + (n * l_.Ho + y) * l_.Wo * c_.C + p * P;
+    row.map = static_cast<S*>(c_.y) + (n * l_.Ho + y) * l_.Wo * c_.C + p * P;
     row.column_stride = c_.C;
     if (c_.sums) {
       row.pivot = l_.pivot + p * P;
@@ -112,7 +113,7 @@ class Convolution {
   const DepthwiseRowFunction<T> run_;
 };
 
-template <class T>
+template <class T, class S>
 void run(const DepthwiseCall& call, const Share& share) {
   constexpr int64_t P = kPanel<T>;
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
@@ -126,7 +127,7 @@ void run(const DepthwiseCall& call, const Share& share) {
                    l.pivot + p * P, P);
   }
   if (share.thread == 0) fill_zero(l.zeros, P);
-  Convolution<T> convolution(call, l);
+  Convolution<T, S> convolution(call, l);
   team_barrier();
   const int64_t total = call.N * l.Ho, end = share_of(total, share.thread + 1, share.threads);
   for (int64_t row = share_of(total, share.thread, share.threads); row < end;) {
@@ -151,8 +152,8 @@ void run(const DepthwiseCall& call, const Share& share) {
   }
 }
 
-template <class T>
-constexpr Kernel<DepthwiseCall> kKernel = {scratch<T>, run<T>};
+template <class T, class S>
+constexpr Kernel<DepthwiseCall> kKernel = {scratch<T>, run<T, S>};
 
 }  // namespace
 

@@ -44,35 +44,35 @@ EMO_INLINE void fill_row(const Ring<T>& ring, int64_t y, int64_t W, int64_t map_
 }
 
 // One output row of one panel, written into a dense map.
-template <class T>
+template <class T, class S>
 struct MapRow : DepthwiseRow<T> {
-  T* map;                  // at the first column
+  S* map;                  // at the first column
   int64_t column_stride;   // elements between neighbouring columns
-  const T* add;            // laid out as the map, null: nothing
+  const S* add;            // laid out as the map, null: nothing
   const T* pivot;          // [panel]
   double *sums, *squares;  // [panel], of what is written less the pivot; null: none
 };
 
-template <class T, bool kSums>
+template <class T, class S, bool kSums>
 struct MapEpilogue {
   using V = Vec<T, kLanesOf<T>>;
   static constexpr int64_t kColumns = 8;  // summed in the element type
-  const MapRow<T>& row;
+  const MapRow<T, S>& row;
   const int64_t lane, count;
   V pivot{}, sum{}, square{};
 
   EMO_INLINE MapEpilogue(const DepthwiseRow<T>& r, int64_t l)
-      : row(static_cast<const MapRow<T>&>(r)), lane(l), count(r.width - l) {
+      : row(static_cast<const MapRow<T, S>&>(r)), lane(l), count(r.width - l) {
     if constexpr (kSums) pivot = load<V>(row.pivot + lane);
   }
   EMO_INLINE void operator()(V y, int64_t column) {
     const int64_t at = column * row.column_stride + lane;
     if constexpr (!kSums) {
-      if (row.add) y += load_some<V>(row.add + at, count);
+      if (row.add) y += load_as<V>(row.add + at, count);
     }
-    store_some(row.map + at, y, count);
+    store_as(row.map + at, y, count);
     if constexpr (kSums) {
-      const V centred = y - pivot;
+      const V centred = as_stored<S>(y) - pivot;
       sum += centred;
       square = fma(centred, centred, square);
       if (column % kColumns == kColumns - 1) finish();
@@ -88,12 +88,12 @@ struct MapEpilogue {
 };
 
 // Asks for the pixels of one panel of a row of a dense map, while another row is worked on.
-template <class T>
-EMO_INLINE void prefetch_row(const T* row, int64_t W, int64_t C, int64_t panel) {
-  constexpr int64_t P = kPanel<T>, kLine = 64 / static_cast<int64_t>(sizeof(T));
+template <class T, class S>
+EMO_INLINE void prefetch_row(const S* row, int64_t W, int64_t C, int64_t panel) {
+  constexpr int64_t P = kPanel<T>, kLine = 64 / static_cast<int64_t>(sizeof(S));
   const int64_t width = min<int64_t>(P, C - panel * P);
   for (int64_t column = 0; column < W; ++column) {
-    const T* const at = row + column * C + panel * P;
+    const S* const at = row + column * C + panel * P;
     for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(at + i, 0, 2);
   }
 }

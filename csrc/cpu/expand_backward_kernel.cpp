@@ -57,15 +57,15 @@ ScratchBytes scratch(const Call& call) {
 }
 
 // a = (grad + d) act'(a) in place, and its sums over the pixels.
-template <class T, Activation kAct>
-void differentiate(T* a, const T* d, const T* grad, int64_t M, int64_t rows, int64_t channels,
+template <class T, Activation kAct, class S>
+void differentiate(T* a, const T* d, const S* grad, int64_t M, int64_t rows, int64_t channels,
                    double* dbias) {
   using V = Vec<T, kLanesOf<T>>;
   constexpr int64_t P = kPanel<T>;
   sum_rows<T>(rows, channels, dbias, nullptr,
               [&](int64_t i, int64_t lane, int64_t count, V& sum, V&)
                   __attribute__((always_inline)) {
-                    V v = load_some<V>(grad + i * M + lane, count);
+                    V v = load_as<V>(grad + i * M + lane, count);
                     if (d) v += load<V>(d + i * P + lane);
                     v *= activate_slope<T, kAct>(load<V>(a + i * P + lane));
                     store(a + i * P + lane, v);
@@ -73,8 +73,8 @@ void differentiate(T* a, const T* d, const T* grad, int64_t M, int64_t rows, int
                   });
 }
 
-template <class T>
-void differentiate(Activation act, T* a, const T* d, const T* grad, int64_t M, int64_t rows,
+template <class T, class S>
+void differentiate(Activation act, T* a, const T* d, const S* grad, int64_t M, int64_t rows,
                    int64_t channels, double* dbias) {
   switch (act) {
     case Activation::kNone:
@@ -88,26 +88,26 @@ void differentiate(Activation act, T* a, const T* d, const T* grad, int64_t M, i
   }
 }
 
-template <class T>
-void add_to_blocked(const T* map, int64_t C, int64_t rows, const Blocked<T>& to) {
+template <class T, class S>
+void add_to_blocked(const S* map, int64_t C, int64_t rows, const Blocked<T>& to) {
   using V = Vec<T, kLanesOf<T>>;
   for (int64_t i = 0; i < rows; ++i, map += C) {
     each_lane_of<T>(C, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
       T* const at = to.panel(c / kPanel<T>) + i * kPanel<T> + c % kPanel<T>;
-      store(at, load<V>(at) + load_some<V>(map + c, count));
+      store(at, load<V>(at) + load_as<V>(map + c, count));
     });
   }
 }
 
-template <class T>
+template <class T, class S>
 void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
   constexpr int64_t P = kPanel<T>;
-  const T* const x = static_cast<const T*>(c.x) + first * c.C;
-  const T* const grad = static_cast<const T*>(c.grad) + first * c.M;
+  const S* const x = static_cast<const S*>(c.x) + first * c.C;
+  const S* const grad = static_cast<const S*>(c.grad) + first * c.M;
   const T* const drop = static_cast<const T*>(c.drop_scale);
   l.norm.forward(x, rows, l.n);
   if (c.out_grad) {
-    load_rows(static_cast<const T*>(c.out_grad) + first * c.O, c.O, rows, l.g,
+    load_rows(static_cast<const S*>(c.out_grad) + first * c.O, c.O, rows, l.g,
               [&](int64_t i) { return drop ? drop[(first + i) / c.pixels] : T(1); });
   }
   const bool wants_dn = c.dx || c.sums;
@@ -126,18 +126,18 @@ void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
   }
   if (!wants_dn) return;
   if (c.norm_grad)
-    add_to_blocked(static_cast<const T*>(c.norm_grad) + first * c.C, c.C, rows, l.dn);
+    add_to_blocked(static_cast<const S*>(c.norm_grad) + first * c.C, c.C, rows, l.dn);
   if (c.sums) l.norm.add_sums(x, rows, l.dn, l.sums);
   if (c.dx == nullptr) return;
-  const T* const residual = static_cast<const T*>(c.residual);
-  T* const dx = static_cast<T*>(c.dx) + first * c.C;
+  const S* const residual = static_cast<const S*>(c.residual);
+  S* const dx = static_cast<S*>(c.dx) + first * c.C;
   for (int64_t i = 0; i < rows; ++i) {
     l.norm.pixel_backward(x + i * c.C, i, l.dn.data + i * P, l.dn.stride(), c.behind_norm,
                           residual ? residual + (first + i) * c.C : nullptr, dx + i * c.C);
   }
 }
 
-template <class T>
+template <class T, class S>
 void run(const Call& call, const Share& share) {
   constexpr int64_t P = kPanel<T>;
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
@@ -160,7 +160,7 @@ void run(const Call& call, const Share& share) {
   if (call.dweight) fill_zero(l.dweight.data, l.dweight.panels() * l.dweight.stride());
   team_barrier();
   each_step(call.N * call.pixels, l.most, share.thread, share.threads,
-            [&](int64_t first, int64_t rows) { step(call, l, first, rows); });
+            [&](int64_t first, int64_t rows) { step<T, S>(call, l, first, rows); });
   team_barrier();
   if (call.dbias)
     each_of_mine(call.M, share, [&](int64_t m) { call.dbias[m] = total(l.dbias + m, share); });
@@ -173,8 +173,8 @@ void run(const Call& call, const Share& share) {
   if (call.dweight) add_up(l.dweight, call.M, static_cast<T*>(call.dweight), share);
 }
 
-template <class T>
-constexpr Kernel<Call> kKernel = {scratch<T>, run<T>};
+template <class T, class S>
+constexpr Kernel<Call> kKernel = {scratch<T>, run<T, S>};
 
 }  // namespace
 

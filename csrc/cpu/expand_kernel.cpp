@@ -37,18 +37,18 @@ ScratchBytes scratch(const ExpandCall& call) {
   return {shared.used, own.used};
 }
 
-template <class T, Activation kAct>
-void store_activated(const T* tile, int64_t rows, int64_t channels, T* out, int64_t M) {
+template <class T, Activation kAct, class S>
+void store_activated(const T* tile, int64_t rows, int64_t channels, S* out, int64_t M) {
   using V = Vec<T, kLanesOf<T>>;
   for (int64_t i = 0; i < rows; ++i, tile += kPanel<T>, out += M) {
     each_lane_of<T>(channels, [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
-      store_some(out + lane, activate<T, kAct>(load<V>(tile + lane)), count);
+      store_as(out + lane, activate<T, kAct>(load<V>(tile + lane)), count);
     });
   }
 }
 
-template <class T>
-void store_activated(Activation act, const T* tile, int64_t rows, int64_t channels, T* out,
+template <class T, class S>
+void store_activated(Activation act, const T* tile, int64_t rows, int64_t channels, S* out,
                      int64_t M) {
   switch (act) {
     case Activation::kNone:
@@ -62,7 +62,7 @@ void store_activated(Activation act, const T* tile, int64_t rows, int64_t channe
   }
 }
 
-template <class T>
+template <class T, class S>
 void run(const ExpandCall& call, const Share& share) {
   constexpr int64_t P = kPanel<T>;
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
@@ -75,8 +75,8 @@ void run(const ExpandCall& call, const Share& share) {
   }
   if (share.thread == 0) l.norm.fill(call.norm_weight, call.norm_bias, nullptr, nullptr);
   team_barrier();
-  const T* const x = static_cast<const T*>(call.x);
-  T* const out = static_cast<T*>(call.out);
+  const S* const x = static_cast<const S*>(call.x);
+  S* const out = static_cast<S*>(call.out);
   each_step(call.N * call.pixels, l.most, share.thread, share.threads,
             [&](int64_t first, int64_t rows) {
               l.norm.forward(x + first * call.C, rows, l.n);
@@ -90,8 +90,8 @@ void run(const ExpandCall& call, const Share& share) {
             });
 }
 
-template <class T>
-constexpr Kernel<ExpandCall> kKernel = {scratch<T>, run<T>};
+template <class T, class S>
+constexpr Kernel<ExpandCall> kKernel = {scratch<T>, run<T, S>};
 
 }  // namespace
 

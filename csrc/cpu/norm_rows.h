@@ -65,7 +65,8 @@ struct NormRows {
     copy(invstds, invstd, T(1));
   }
 
-  void pixel(const T* x, int64_t i, T* to, int64_t panel_stride) const {
+  template <class S>
+  void pixel(const S* x, int64_t i, T* to, int64_t panel_stride) const {
     using V = Vec<T, kLanesOf<T>>;
     constexpr int64_t P = kPanel<T>;
     if (norm == Norm::kNone) {
@@ -75,7 +76,7 @@ struct NormRows {
     } else {
       const PixelMoments<T> m = pixel_moments<T>(x, C, eps);
       moments[i] = m;
-      each_channel(x, C, [&](V v, int64_t c) __attribute__((always_inline)) {
+      each_channel<T>(x, C, [&](V v, int64_t c) __attribute__((always_inline)) {
         v = ((v - m.near) - m.rest) * m.scale;
         store(to + c / P * panel_stride + c % P, fma(v, load<V>(scale + c), load<V>(shift + c)));
       });
@@ -83,7 +84,8 @@ struct NormRows {
   }
 
   // The `rows` pixels at x, normalised.
-  void forward(const T* x, int64_t rows, const Blocked<T>& to) const {
+  template <class S>
+  void forward(const S* x, int64_t rows, const Blocked<T>& to) const {
     for (int64_t i = 0; i < rows; ++i) {
       pixel(x + i * C, i, to.data + i * kPanel<T>, to.stride());
     }
@@ -100,7 +102,8 @@ struct NormRows {
   }
 
   // sums += sum dn, sum dn h over the pixels; they are (2, padded) doubles.
-  void add_sums(const T* x, int64_t rows, const Blocked<T>& dn, double* sums) const {
+  template <class S>
+  void add_sums(const S* x, int64_t rows, const Blocked<T>& dn, double* sums) const {
     using V = Vec<T, kLanesOf<T>>;
     constexpr int64_t P = kPanel<T>;
     const int64_t padded = ceil_div(C, P) * P;
@@ -112,14 +115,15 @@ struct NormRows {
                         const int64_t c = p * P + lane;
                         const V v = load<V>(panel + i * P + lane);
                         a = v;
-                        b = factor(load_some<V>(x + i * C + c, count), i, c);
+                        b = factor(load_as<V>(x + i * C + c, count), i, c);
                       });
     }
   }
 
   // out = the gradient at x, or at norm(x) if `behind`, plus residual: pixel i, from dn's row.
-  void pixel_backward(const T* x, int64_t i, const T* dn, int64_t panel_stride, bool behind,
-                      const T* residual, T* out) const {
+  template <class X, class S>
+  void pixel_backward(const X* x, int64_t i, const T* dn, int64_t panel_stride, bool behind,
+                      const S* residual, S* out) const {
     using V = Vec<T, kLanesOf<T>>;
     constexpr int64_t P = kPanel<T>;
     const T inverse = T(1) / static_cast<T>(C);
@@ -134,7 +138,7 @@ struct NormRows {
         if (count < kLanesOf<T>) g = first_lanes<V, T>(g, count);
         g *= load<V>(scale + c);
         sum += g;
-        product = fma(g, factor(load_some<V>(x + c, count), i, c), product);
+        product = fma(g, factor(load_as<V>(x + c, count), i, c), product);
       });
     }
     const T first = layer ? sum_lanes<V, T>(sum) * inverse : T(0);
@@ -143,10 +147,10 @@ struct NormRows {
       V v = at(c);
       if (!behind && norm != Norm::kNone) v *= load<V>(scale + c);
       if (layer) {
-        v = ((v - first) - factor(load_some<V>(x + c, count), i, c) * second) * moments[i].scale;
+        v = ((v - first) - factor(load_as<V>(x + c, count), i, c) * second) * moments[i].scale;
       }
-      if (residual) v += load_some<V>(residual + c, count);
-      store_some(out + c, v, count);
+      if (residual) v += load_as<V>(residual + c, count);
+      store_as(out + c, v, count);
     });
   }
 };

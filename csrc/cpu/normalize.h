@@ -1,8 +1,8 @@
 // The norm in front of the block, applied while pixels are copied into channel panels.
 #pragma once
 
+#include "cpu/bf16.h"
 #include "cpu/gemm.h"
-#include "cpu/simd.h"
 
 namespace emo_kernels::cpu {
 namespace {
@@ -30,13 +30,13 @@ void norm_affine(const IrmbCall& call, T* scale, T* shift) {
 }
 
 // One pixel's C channels, a vector at a time: f(vector, channel).
-template <class T, class F>
-EMO_INLINE void each_channel(const T* x, int64_t C, F f) {
+template <class T, class S, class F>
+EMO_INLINE void each_channel(const S* x, int64_t C, F f) {
   constexpr int kLanes = kLanesOf<T>;
   using V = Vec<T, kLanes>;
   int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes) f(load<V>(x + c), c);
-  if (c < C) f(load_first<V>(x + c, C - c), c);
+  for (; c + kLanes <= C; c += kLanes) f(load_as<V>(x + c), c);
+  if (c < C) f(load_as<V>(x + c, C - c), c);
 }
 
 // (x - mean) / sqrt(var + eps) as scale * ((x - near) - rest): near is the mean up to its rounding
@@ -46,14 +46,14 @@ struct PixelMoments {
   T near, rest, scale;
 };
 
-template <class T>
-EMO_INLINE PixelMoments<T> pixel_moments(const T* x, int64_t C, T eps) {
+template <class T, class S>
+EMO_INLINE PixelMoments<T> pixel_moments(const S* x, int64_t C, T eps) {
   constexpr int kLanes = kLanesOf<T>;
   using V = Vec<T, kLanes>;
   V total{}, sum{}, squares{};
-  each_channel(x, C, [&](V v, int64_t) __attribute__((always_inline)) { total += v; });
+  each_channel<T>(x, C, [&](V v, int64_t) __attribute__((always_inline)) { total += v; });
   const T near = sum_lanes<V, T>(total) / static_cast<T>(C);
-  each_channel(x, C, [&](V v, int64_t c) __attribute__((always_inline)) {
+  each_channel<T>(x, C, [&](V v, int64_t c) __attribute__((always_inline)) {
     V centred = v - near;
     if (c + kLanes > C) centred = first_lanes<V, T>(centred, C - c);
     sum += centred;
@@ -65,13 +65,13 @@ EMO_INLINE PixelMoments<T> pixel_moments(const T* x, int64_t C, T eps) {
 }
 
 // dst[c / panel][.][c % panel] = norm(x)[c], zero in the lanes past C.
-template <class T, Norm kNorm>
-EMO_INLINE void normalize_pixel(const T* x, int64_t C, const T* scale, const T* shift, T eps,
+template <class T, Norm kNorm, class S>
+EMO_INLINE void normalize_pixel(const S* x, int64_t C, const T* scale, const T* shift, T eps,
                                 T* dst, int64_t panel_stride) {
   using V = Vec<T, kLanesOf<T>>;
   PixelMoments<T> moments{};
   if constexpr (kNorm == Norm::kLayer) moments = pixel_moments<T>(x, C, eps);
-  each_channel(x, C, [&](V v, int64_t c) __attribute__((always_inline)) {
+  each_channel<T>(x, C, [&](V v, int64_t c) __attribute__((always_inline)) {
     if constexpr (kNorm == Norm::kLayer) v = ((v - moments.near) - moments.rest) * moments.scale;
     if constexpr (kNorm != Norm::kNone) v = fma(v, load<V>(scale + c), load<V>(shift + c));
     store(dst + c / kPanel<T> * panel_stride + c % kPanel<T>, v);

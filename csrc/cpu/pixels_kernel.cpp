@@ -45,21 +45,21 @@ EMO_INLINE void each_run(int64_t images, int64_t pixels, int thread, int threads
   }
 }
 
-template <class T>
+template <class T, class S>
 void run_pixels(const PixelsCall& call, const Share& share) {
   using V = Vec<T, kLanesOf<T>>;
   const int64_t C = call.C;
   Places own{share.own + share.thread * share.own_bytes};
   const PixelSums<T> sums(call, own);
   fill_zero(sums.data, sums.rows * sums.stride);
-  const T *x = static_cast<const T*>(call.x), *grad = static_cast<const T*>(call.grad);
-  const T *residual = static_cast<const T*>(call.residual),
-          *pivot = static_cast<const T*>(call.pivot);
-  const T* const rows = static_cast<const T*>(call.rows);
-  T *const means = static_cast<T*>(call.means), *const out = static_cast<T*>(call.out);
+  const S *x = static_cast<const S*>(call.x), *grad = static_cast<const S*>(call.grad);
+  const S* const residual = static_cast<const S*>(call.residual);
+  const T *pivot = static_cast<const T*>(call.pivot), *rows = static_cast<const T*>(call.rows);
+  T* const means = static_cast<T*>(call.means);
+  S* const out = static_cast<S*>(call.out);
   const T inverse = T(1) / static_cast<T>(call.pixels);
   const auto row = [&](int r, int64_t lane, int64_t count) __attribute__((always_inline)) {
-    return load_some<V>(rows + r * C + lane, count);
+    return load_as<V>(rows + r * C + lane, count);
   };
   double *const first = sums.data, *const second = sums.data + sums.stride;
   each_run(
@@ -71,8 +71,8 @@ void run_pixels(const PixelsCall& call, const Share& share) {
               sum_rows<T>(here, C, first, second,
                           [&](int64_t i, int64_t lane, int64_t left, V& a, V& b)
                               __attribute__((always_inline)) {
-                                V v = load_some<V>(x + at + i * C + lane, left);
-                                if (pivot) v -= load_some<V>(pivot + lane, left);
+                                V v = load_as<V>(x + at + i * C + lane, left);
+                                if (pivot) v -= load_as<V>(pivot + lane, left);
                                 a = b = v;
                               });
               break;
@@ -80,11 +80,11 @@ void run_pixels(const PixelsCall& call, const Share& share) {
               for (int64_t i = 0; i < here; ++i) {
                 each_lane_of<T>(C, [&](int64_t lane, int64_t left) __attribute__((always_inline)) {
                   const int64_t k = at + i * C + lane;
-                  const V centred = load_some<V>(x + k, left) - row(3, lane, left);
-                  V v = fma(row(0, lane, left), load_some<V>(grad + k, left),
+                  const V centred = load_as<V>(x + k, left) - row(3, lane, left);
+                  V v = fma(row(0, lane, left), load_as<V>(grad + k, left),
                             fma(row(1, lane, left), centred, row(2, lane, left)));
-                  if (residual) v += load_some<V>(residual + k, left);
-                  store_some(out + k, v, left);
+                  if (residual) v += load_as<V>(residual + k, left);
+                  store_as(out + k, v, left);
                 });
               }
               break;
@@ -92,7 +92,7 @@ void run_pixels(const PixelsCall& call, const Share& share) {
               sum_rows<T>(here, C, sums.data + n * sums.stride, nullptr,
                           [&](int64_t i, int64_t lane, int64_t left, V& a, V&)
                               __attribute__((always_inline)) {
-                                a = silu<T>(fma(load_some<V>(x + at + i * C + lane, left),
+                                a = silu<T>(fma(load_as<V>(x + at + i * C + lane, left),
                                                 row(0, lane, left), row(1, lane, left)));
                               });
               break;
@@ -101,13 +101,13 @@ void run_pixels(const PixelsCall& call, const Share& share) {
                           [&](int64_t i, int64_t lane, int64_t left, V& a,
                               V& b) __attribute__((always_inline)) {
                             const int64_t k = at + i * C + lane;
-                            const V y = load_some<V>(x + k, left);
+                            const V y = load_as<V>(x + k, left);
                             V value, slope;
                             silu_and_slope<T>(fma(y, row(0, lane, left), row(1, lane, left)), value,
                                               slope);
-                            const V mean_grad = load_some<V>(means + n * C + lane, left) * inverse;
-                            const V dz = fma(mean_grad, slope, load_some<V>(grad + k, left));
-                            store_some(out + k, dz, left);
+                            const V mean_grad = load_as<V>(means + n * C + lane, left) * inverse;
+                            const V dz = fma(mean_grad, slope, load_as<V>(grad + k, left));
+                            store_as(out + k, dz, left);
                             a = dz;
                             b = (y - row(2, lane, left)) * row(3, lane, left);
                           });
@@ -133,8 +133,8 @@ void run_pixels(const PixelsCall& call, const Share& share) {
   }
 }
 
-template <class T>
-constexpr Kernel<PixelsCall> kKernel = {pixels_scratch<T>, run_pixels<T>};
+template <class T, class S>
+constexpr Kernel<PixelsCall> kKernel = {pixels_scratch<T>, run_pixels<T, S>};
 
 }  // namespace
 

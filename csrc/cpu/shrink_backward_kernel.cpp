@@ -56,14 +56,15 @@ ScratchBytes scratch(const Call& call) {
 }
 
 // One panel of channels of the pixels [first, first + rows).
-template <class T>
+template <class T, class S>
 struct Panel {
   using V = Vec<T, kLanesOf<T>>;
   static constexpr int64_t P = kPanel<T>;
   const Call& c;
   const Layout<T>& l;
   int64_t first, rows, m, channels;
-  const T *y, *local, *gate;
+  const S *y, *local;
+  const T* gate;
 
   Panel(const Call& call, const Layout<T>& layout, int64_t p0, int64_t count, int64_t p)
       : c(call),
@@ -72,8 +73,8 @@ struct Panel {
         rows(count),
         m(p * P),
         channels(min<int64_t>(P, c.M - m)),
-        y(static_cast<const T*>(c.y) + first * c.M + m),
-        local(c.local ? static_cast<const T*>(c.local) + first * c.M + m : nullptr),
+        y(static_cast<const S*>(c.y) + first * c.M + m),
+        local(c.local ? static_cast<const S*>(c.local) + first * c.M + m : nullptr),
         gate(c.gate ? static_cast<const T*>(c.gate) + m : nullptr) {}
 
   EMO_INLINE const T* gates(int64_t i) const {
@@ -85,40 +86,40 @@ struct Panel {
 
   // dz, its sums, dlocal, and t times the drop scale.
   void differentiate() const {
-    T* const dy = c.dy ? static_cast<T*>(c.dy) + first * c.M + m : nullptr;
-    T* const dlocal = c.dlocal ? static_cast<T*>(c.dlocal) + first * c.M + m : nullptr;
+    S* const dy = c.dy ? static_cast<S*>(c.dy) + first * c.M + m : nullptr;
+    S* const dlocal = c.dlocal ? static_cast<S*>(c.dlocal) + first * c.M + m : nullptr;
     sum_rows<T>(rows, channels, l.sums + m, l.sums + l.padded + m,
                 [&](int64_t i, int64_t lane, int64_t count, V& a, V& b)
                     __attribute__((always_inline)) {
                       const int64_t at = i * c.M + lane;
-                      const V value = load_some<V>(y + at, count);
+                      const V value = load_as<V>(y + at, count);
                       V t, slope;
                       silu_and_slope<T>(z(value, lane), t, slope);
                       V dt = load<V>(l.d + i * P + lane);
                       if (c.drop_scale) dt *= l.drop[i];
                       V dz = dt * slope;
                       if (gate) {
-                        const V g = load_some<V>(gates(i) + lane, count);
+                        const V g = load_as<V>(gates(i) + lane, count);
                         t *= g;
                         dz *= g;
                       }
-                      if (local) t += load_some<V>(local + at, count);
+                      if (local) t += load_as<V>(local + at, count);
                       if (c.drop_scale) t *= l.drop[i];
                       store(l.t + i * P + lane, t);
                       a = dz;
                       b = (value - load<V>(l.mean + m + lane)) * load<V>(l.invstd + m + lane);
                       if (!c.behind_norm) dz *= load<V>(l.scale + m + lane);
-                      if (dy) store_some(dy + at, dz, count);
-                      if (dlocal) store_some(dlocal + at, dt, count);
+                      if (dy) store_as(dy + at, dz, count);
+                      if (dlocal) store_as(dlocal + at, dt, count);
                     });
   }
 
   // silu(z), and t without the drop scale.
   EMO_INLINE V recompute(int64_t i, int64_t lane, int64_t count, V& t) const {
-    const V value = silu<T>(z(load_some<V>(y + i * c.M + lane, count), lane));
+    const V value = silu<T>(z(load_as<V>(y + i * c.M + lane, count), lane));
     t = value;
-    if (gate) t *= load_some<V>(gates(i) + lane, count);
-    if (local) t += load_some<V>(local + i * c.M + lane, count);
+    if (gate) t *= load_as<V>(gates(i) + lane, count);
+    if (local) t += load_as<V>(local + i * c.M + lane, count);
     return value;
   }
 
@@ -158,18 +159,18 @@ struct Panel {
   }
 };
 
-template <class T>
+template <class T, class S>
 void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
   constexpr int64_t P = kPanel<T>;
   const T* const drop = static_cast<const T*>(c.drop_scale);
-  load_rows(static_cast<const T*>(c.grad) + first * c.O, c.O, rows, l.g,
+  load_rows(static_cast<const S*>(c.grad) + first * c.O, c.O, rows, l.g,
             [](int64_t) { return T(1); });
   for (int64_t i = 0; drop && i < rows; ++i) l.drop[i] = drop[(first + i) / c.pixels];
   for (int64_t p = 0; p < l.weight.panels(); ++p) {
     const int64_t width = l.weight.width(p);
     product<T, false>({l.g.data, l.g.stride(), l.weight.panel(p), c.O, l.d, rows, nullptr, false},
                       width);
-    const Panel<T> panel(c, l, first, rows, p);
+    const Panel<T, S> panel(c, l, first, rows, p);
     if (c.dgate || c.ddrop) panel.differentiate_images();
     panel.differentiate();
     for (int64_t o = 0; c.dweight && o < l.g.panels(); ++o) {
@@ -180,7 +181,7 @@ void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
   }
 }
 
-template <class T>
+template <class T, class S>
 void run(const Call& call, const Share& share) {
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
   const Layout<T> l(call, shared, own);
@@ -205,7 +206,7 @@ void run(const Call& call, const Share& share) {
   if (call.dweight) fill_zero(l.dweight.data, l.dweight.panels() * l.dweight.stride());
   team_barrier();
   each_step(call.N * call.pixels, l.most, share.thread, share.threads,
-            [&](int64_t first, int64_t rows) { step(call, l, first, rows); });
+            [&](int64_t first, int64_t rows) { step<T, S>(call, l, first, rows); });
   team_barrier();
   if (call.sums) {
     each_of_mine(2 * call.M, share, [&](int64_t i) {
@@ -223,8 +224,8 @@ void run(const Call& call, const Share& share) {
   if (call.dweight) add_up(l.dweight, call.O, static_cast<T*>(call.dweight), share);
 }
 
-template <class T>
-constexpr Kernel<Call> kKernel = {scratch<T>, run<T>};
+template <class T, class S>
+constexpr Kernel<Call> kKernel = {scratch<T>, run<T, S>};
 
 }  // namespace
 

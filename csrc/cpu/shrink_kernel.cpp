@@ -44,63 +44,63 @@ ScratchBytes scratch(const ShrinkCall& call) {
 }
 
 // t of one panel.
-template <class T>
+template <class T, class S>
 void activate_panel(const ShrinkCall& c, const Layout<T>& l, int64_t first, int64_t rows,
                     int64_t p) {
   using V = Vec<T, kLanesOf<T>>;
   constexpr int64_t P = kPanel<T>;
   const int64_t m = p * P, channels = min<int64_t>(P, c.M - m);
-  const T *y = static_cast<const T*>(c.y), *local = static_cast<const T*>(c.local);
+  const S *y = static_cast<const S*>(c.y), *local = static_cast<const S*>(c.local);
   const T* const gate = static_cast<const T*>(c.gate);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t at = (first + i) * c.M + m;
     const T* const gates = gate ? gate + (first + i) / c.pixels * c.M + m : nullptr;
     each_lane_of<T>(channels, [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
-      V v = silu<T>(fma(load_some<V>(y + at + lane, count), load<V>(l.scale + m + lane),
+      V v = silu<T>(fma(load_as<V>(y + at + lane, count), load<V>(l.scale + m + lane),
                         load<V>(l.shift + m + lane)));
-      if (gates) v *= load_some<V>(gates + lane, count);
-      if (local) v += load_some<V>(local + at + lane, count);
+      if (gates) v *= load_as<V>(gates + lane, count);
+      if (local) v += load_as<V>(local + at + lane, count);
       store(l.t + i * P + lane, v);
     });
   }
 }
 
-template <class T>
+template <class T, class S>
 void store_rows(const ShrinkCall& c, const Layout<T>& l, int64_t first, int64_t rows) {
   using V = Vec<T, kLanesOf<T>>;
-  const T *residual = static_cast<const T*>(c.residual),
-          *drop = static_cast<const T*>(c.drop_scale);
+  const S* const residual = static_cast<const S*>(c.residual);
+  const T* const drop = static_cast<const T*>(c.drop_scale);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t at = (first + i) * c.O;
     const T factor = drop ? drop[(first + i) / c.pixels] : T(1);
     each_lane_of<T>(c.O, [&](int64_t o, int64_t count) __attribute__((always_inline)) {
       V v = load<V>(l.acc.panel(o / kPanel<T>) + i * kPanel<T> + o % kPanel<T>);
       if (drop) v *= factor;
-      if (residual) v += load_some<V>(residual + at + o, count);
-      store_some(static_cast<T*>(c.out) + at + o, v, count);
+      if (residual) v += load_as<V>(residual + at + o, count);
+      store_as(static_cast<S*>(c.out) + at + o, v, count);
     });
   }
 }
 
 // The sums of what was stored, while it is in the cache.
-template <class T>
+template <class T, class S>
 void add_sums(const ShrinkCall& c, const Layout<T>& l, int64_t first, int64_t rows) {
   using V = Vec<T, kLanesOf<T>>;
   constexpr int64_t P = kPanel<T>;
-  const T* const out = static_cast<const T*>(c.out) + first * c.O;
+  const S* const out = static_cast<const S*>(c.out) + first * c.O;
   for (int64_t p = 0; p < l.weight.panels(); ++p) {
     double* const sums = l.sums + p * P;
     sum_rows<T>(rows, l.weight.channels(p), sums, sums + l.weight.panels() * P,
                 [&](int64_t i, int64_t lane, int64_t count, V& a, V& b)
                     __attribute__((always_inline)) {
-                      const V v = load_some<V>(out + i * c.O + p * P + lane, count) -
+                      const V v = load_as<V>(out + i * c.O + p * P + lane, count) -
                                   load<V>(l.pivot + p * P + lane);
                       a = b = v;
                     });
   }
 }
 
-template <class T>
+template <class T, class S>
 void run(const ShrinkCall& call, const Share& share) {
   constexpr int64_t P = kPanel<T>;
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
@@ -122,12 +122,12 @@ void run(const ShrinkCall& call, const Share& share) {
   each_step(call.N * call.pixels, l.most, share.thread, share.threads,
             [&](int64_t first, int64_t rows) {
               for (int64_t p = 0; p < l.panels; ++p) {
-                activate_panel(call, l, first, rows, p);
+                activate_panel<T, S>(call, l, first, rows, p);
                 const int64_t channels = min<int64_t>(P, call.M - p * P);
                 multiply_all(l.t, 0, channels, rows, l.weight, p * P, l.acc, p > 0);
               }
-              store_rows(call, l, first, rows);
-              if (call.sums) add_sums(call, l, first, rows);
+              store_rows<T, S>(call, l, first, rows);
+              if (call.sums) add_sums<T, S>(call, l, first, rows);
             });
   if (call.sums == nullptr) return;
   team_barrier();
@@ -137,8 +137,8 @@ void run(const ShrinkCall& call, const Share& share) {
   });
 }
 
-template <class T>
-constexpr Kernel<ShrinkCall> kKernel = {scratch<T>, run<T>};
+template <class T, class S>
+constexpr Kernel<ShrinkCall> kKernel = {scratch<T>, run<T, S>};
 
 }  // namespace
 

@@ -14,7 +14,7 @@ namespace {
 #ifdef EMO_HAS_AVX2
 #define EMO_CASE_AVX2(name) \
   case Isa::kAvx2:          \
-    return name##_avx2_f32();
+    return wide ? name##_avx2_f32() : name##_avx2_bf16();
 #else
 #define EMO_CASE_AVX2(name)
 #endif
@@ -22,30 +22,31 @@ namespace {
 #define EMO_CASE_AVX512(name) \
   case Isa::kAvx512:          \
   case Isa::kAvx512Bf16:      \
-    return name##_avx512_f32();
+    return wide ? name##_avx512_f32() : name##_avx512_bf16();
 #else
 #define EMO_CASE_AVX512(name)
 #endif
 #ifdef EMO_HAS_NEON
 #define EMO_CASE_NEON(name) \
   case Isa::kNeon:          \
-    return name##_neon_f32();
+    return wide ? name##_neon_f32() : name##_neon_bf16();
 #else
 #define EMO_CASE_NEON(name)
 #endif
 
-// kernel_for(call): the kernel of the call's type for its element type and this machine.
-#define EMO_KERNEL_FOR(Call, name)                                   \
-  const Kernel<Call>& kernel_for(const Call& call) {                 \
-    const Isa isa = selected();                                      \
-    if (call.dtype == DType::kFloat64) return name##_portable_f64(); \
-    switch (isa) {                                                   \
-      EMO_CASE_AVX512(name)                                          \
-      EMO_CASE_AVX2(name)                                            \
-      EMO_CASE_NEON(name)                                            \
-      default:                                                       \
-        return name##_portable_f32();                                \
-    }                                                                \
+// kernel_for(call): the kernel of the call's type for the type of its maps and this machine.
+#define EMO_KERNEL_FOR(Call, name)                                    \
+  const Kernel<Call>& kernel_for(const Call& call) {                  \
+    const Isa isa = selected();                                       \
+    const bool wide = call.dtype != DType::kBFloat16;                 \
+    if (call.dtype == DType::kFloat64) return name##_portable_f64();  \
+    switch (isa) {                                                    \
+      EMO_CASE_AVX512(name)                                           \
+      EMO_CASE_AVX2(name)                                             \
+      EMO_CASE_NEON(name)                                             \
+      default:                                                        \
+        return wide ? name##_portable_f32() : name##_portable_bf16(); \
+    }                                                                 \
   }
 
 EMO_KERNEL_FOR(PixelsCall, pixels_kernel)

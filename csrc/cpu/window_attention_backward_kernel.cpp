@@ -121,7 +121,7 @@ void project(const Call& c, const Layout<T>& l, int64_t head, int64_t rows) {
 }
 
 // What dq, dk and dv of one head send to h and to the weights.
-template <class T>
+template <class T, class S>
 void collect(const Call& c, const Layout<T>& l, int64_t head, int64_t rows, bool add_dv) {
   constexpr int64_t P = kPanel<T>;
   const int64_t d = c.head_dim;
@@ -153,7 +153,7 @@ void collect(const Call& c, const Layout<T>& l, int64_t head, int64_t rows, bool
     add_slice(l.dv, head * d, rows, l.dn);
     return;
   }
-  if (c.dv) scatter(l.dv, l.pixels, rows, add_dv, head * l.value_dim, static_cast<T*>(c.dv), c.M);
+  if (c.dv) scatter(l.dv, l.pixels, rows, add_dv, head * l.value_dim, static_cast<S*>(c.dv), c.M);
   for (int64_t i = 0; c.dv_padding && i < rows; ++i) {
     if (l.pixels[i] >= 0) continue;
     double* const to = l.dv_padding + head * l.value_dim;
@@ -162,7 +162,7 @@ void collect(const Call& c, const Layout<T>& l, int64_t head, int64_t rows, bool
 }
 
 // From dn to dx and the norm's sums, or to where the second partition finds it.
-template <class T>
+template <class T, class S>
 void finish(const Call& c, const Layout<T>& l, int64_t rows, bool first, bool last) {
   constexpr int64_t P = kPanel<T>;
   if (!last) {
@@ -179,33 +179,33 @@ void finish(const Call& c, const Layout<T>& l, int64_t rows, bool first, bool la
       const T* const from = l.first_dn + l.pixels[i] * c.C;
       each_lane_of<T>(c.C, [&](int64_t k, int64_t count) __attribute__((always_inline)) {
         T* const at = row + k / P * l.dn.stride() + k % P;
-        store(at, load<V>(at) + load_some<V>(from + k, count));
+        store(at, load<V>(at) + load_as<V>(from + k, count));
       });
     }
   }
   if (c.sums) l.norm.add_sums(l.x, rows, l.dn, l.sums);
   if (c.dx == nullptr) return;
-  const T* const residual = static_cast<const T*>(c.residual);
+  const S* const residual = static_cast<const S*>(c.residual);
   for (int64_t i = 0; i < rows; ++i) {
     if (l.pixels[i] < 0) continue;
     const int64_t at = l.pixels[i] * c.C;
     l.norm.pixel_backward(l.x + i * c.C, i, l.dn.data + i * P, l.dn.stride(), c.behind_norm,
-                          residual ? residual + at : nullptr, static_cast<T*>(c.dx) + at);
+                          residual ? residual + at : nullptr, static_cast<S*>(c.dx) + at);
   }
 }
 
-template <class T>
+template <class T, class S>
 void run_windows(const Call& c, const Layout<T>& l, const WindowPlan& plan, bool is_first,
                  bool is_last, int64_t first, int64_t count) {
   constexpr int64_t P = kPanel<T>;
   const int64_t rows = count * plan.tokens, Z = c.v ? c.M : c.C;
-  const T* const x = static_cast<const T*>(c.x);
+  const S* const x = static_cast<const S*>(c.x);
   for (int64_t i = 0; i < rows; ++i) {
     l.pixels[i] = plan.pixel(first + i / plan.tokens, i % plan.tokens);
     T *const to = l.h.data + i * P, *const copy = l.x + i * c.C;
     if (l.pixels[i] >= 0) {
-      const T* const from = x + l.pixels[i] * c.C;
-      for (int64_t k = 0; k < c.C; ++k) copy[k] = from[k];
+      const S* const from = x + l.pixels[i] * c.C;
+      for (int64_t k = 0; k < c.C; ++k) copy[k] = value_of(from[k]);
       l.norm.pixel(copy, i, to, l.h.stride());
     } else {
       fill_zero(copy, c.C);
@@ -216,20 +216,20 @@ void run_windows(const Call& c, const Layout<T>& l, const WindowPlan& plan, bool
   for (int64_t head = 0; head < l.weights.heads; ++head) {
     project(c, l, head, rows);
     const T* none = nullptr;
-    gather(static_cast<const T*>(c.grad), Z, head * l.value_dim, l.pixels, rows, none, l.g);
+    gather(static_cast<const S*>(c.grad), Z, head * l.value_dim, l.pixels, rows, none, l.g);
     if (c.v) {
-      gather(static_cast<const T*>(c.v), c.M, head * l.value_dim, l.pixels, rows,
+      gather(static_cast<const S*>(c.v), c.M, head * l.value_dim, l.pixels, rows,
              static_cast<const T*>(c.v_padding), l.v);
     } else {
       take_slice(l.h, head * c.head_dim, rows, l.v);
     }
     for (int64_t w = 0; w < count; ++w) attend_backward(l, w * plan.tokens, c.head_dim);
-    collect(c, l, head, rows, !is_first);
+    collect<T, S>(c, l, head, rows, !is_first);
   }
-  if (c.dx || c.sums) finish(c, l, rows, is_first, is_last);
+  if (c.dx || c.sums) finish<T, S>(c, l, rows, is_first, is_last);
 }
 
-template <class T>
+template <class T, class S>
 void run(const Call& call, const Share& share) {
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
   const Layout<T> l(call, shared, own);
@@ -252,7 +252,7 @@ void run(const Call& call, const Share& share) {
   each_partition(call, l.plan, [&](const WindowPlan& plan, bool first, bool last) {
     each_step(plan.windows, plan.group, share.thread, share.threads,
               [&](int64_t window, int64_t count) {
-                run_windows(call, l, plan, first, last, window, count);
+                run_windows<T, S>(call, l, plan, first, last, window, count);
               });
   });
   team_barrier();
@@ -271,8 +271,8 @@ void run(const Call& call, const Share& share) {
   if (call.dqk_weight) add_up(l.dweight, 2 * call.C, static_cast<T*>(call.dqk_weight), share);
 }
 
-template <class T>
-constexpr Kernel<Call> kKernel = {scratch<T>, run<T>};
+template <class T, class S>
+constexpr Kernel<Call> kKernel = {scratch<T>, run<T, S>};
 
 }  // namespace
 

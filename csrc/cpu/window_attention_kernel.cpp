@@ -64,11 +64,11 @@ void attend(const Layout<T>& l, int64_t row, int64_t d) {
   }
 }
 
-template <class T>
+template <class T, class S>
 void run_windows(const Call& c, const Layout<T>& l, const WindowPlan& plan, bool add, int64_t first,
                  int64_t count) {
   const int64_t rows = count * plan.tokens, d = c.head_dim, Z = c.v ? c.M : c.C;
-  const T* const x = static_cast<const T*>(c.x);
+  const S* const x = static_cast<const S*>(c.x);
   constexpr int64_t P = kPanel<T>;
   for (int64_t i = 0; i < rows; ++i) {
     l.pixels[i] = plan.pixel(first + i / plan.tokens, i % plan.tokens);
@@ -94,17 +94,17 @@ void run_windows(const Call& c, const Layout<T>& l, const WindowPlan& plan, bool
       }
     }
     if (c.v) {
-      gather(static_cast<const T*>(c.v), c.M, head * l.value_dim, l.pixels, rows,
+      gather(static_cast<const S*>(c.v), c.M, head * l.value_dim, l.pixels, rows,
              static_cast<const T*>(c.v_padding), l.v);
     } else {
       take_slice(l.h, head * d, rows, l.v);
     }
     for (int64_t w = 0; w < count; ++w) attend(l, w * plan.tokens, d);
-    scatter(l.z, l.pixels, rows, add, head * l.value_dim, static_cast<T*>(c.out), Z);
+    scatter(l.z, l.pixels, rows, add, head * l.value_dim, static_cast<S*>(c.out), Z);
   }
 }
 
-template <class T>
+template <class T, class S>
 void run(const Call& call, const Share& share) {
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
   const Layout<T> l(call, shared, own);
@@ -117,14 +117,15 @@ void run(const Call& call, const Share& share) {
   if (share.thread == 0) l.norm.fill(call.norm_weight, call.norm_bias, nullptr, nullptr);
   team_barrier();
   each_partition(call, l.plan, [&](const WindowPlan& plan, bool first, bool) {
-    each_step(
-        plan.windows, plan.group, share.thread, share.threads,
-        [&](int64_t window, int64_t count) { run_windows(call, l, plan, !first, window, count); });
+    each_step(plan.windows, plan.group, share.thread, share.threads,
+              [&](int64_t window, int64_t count) {
+                run_windows<T, S>(call, l, plan, !first, window, count);
+              });
   });
 }
 
-template <class T>
-constexpr Kernel<Call> kKernel = {scratch<T>, run<T>};
+template <class T, class S>
+constexpr Kernel<Call> kKernel = {scratch<T>, run<T, S>};
 
 }  // namespace
 
