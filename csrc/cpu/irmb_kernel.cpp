@@ -51,17 +51,20 @@ void run_by_rows(Stages<T>& s, int64_t images, int thread, int threads, bool sum
   }
 }
 
-// The panels' weights are packed as they come up, while the cache still holds them.
+// A panel's weights are fetched while the one before it computes, and packed when they are due.
 template <class T>
-void run_by_panels(Stages<T>& s, int64_t images, bool pack, int thread, int threads,
-                   void (*barrier)()) {
+void run_by_panels(Stages<T>& s, int64_t images, int thread, int threads, void (*barrier)()) {
   const IrmbPlan& plan = s.plan;
   const int64_t first = share(plan.panels_m, thread, threads);
   const int64_t last = share(plan.panels_m, thread + 1, threads);
+  const int64_t output = s.first_share(thread, threads);
   for (int64_t n = 0; n < images; ++n) {
     s.set_block(n, 0, plan.Wo);
     for (int64_t panel = first; panel < last; ++panel) {
-      if (pack && n == 0) s.pack_expanded(panel, panel + 1);
+      s.pack_expanded(panel);
+      s.ahead = panel + 1 < last         ? s.expansion_of(panel + 1)
+                : output < plan.panels_o ? s.projection_of(output)
+                                         : Ahead{};
       s.set_group(panel, panel + 1);
       s.expand_for(0, plan.Ho, 0);
       s.depthwise(0, plan.Ho, false);
@@ -105,7 +108,8 @@ void run(const IrmbPlan& plan, void* shared_buffer, void* own_buffer, int64_t* o
   const IrmbCall& call = plan.call;
   T *const shared = static_cast<T*>(shared_buffer), *const own = static_cast<T*>(own_buffer);
   const auto mine = [&](int64_t count, auto pack) {
-    pack(share(count, thread, threads), share(count, thread + 1, threads));
+    const int64_t last = share(count, thread + 1, threads);
+    for (int64_t i = share(count, thread, threads); i < last; ++i) pack(i);
   };
   const T* const x = static_cast<const T*>(call.x);
   const int64_t in = call.H * call.W * call.C, out = plan.Ho * plan.Wo * call.O;
@@ -115,7 +119,7 @@ void run(const IrmbPlan& plan, void* shared_buffer, void* own_buffer, int64_t* o
     if (plan.attention.attends) {
       Attention<T> attention(plan, shared, own, offsets);
       if (image == 0) {
-        mine(plan.attention.heads, [&](int64_t a, int64_t b) { attention.pack(a, b); });
+        mine(plan.attention.heads, [&](int64_t head) { attention.pack(head, head + 1); });
         barrier();
       }
       attend(attention, plan, image, images, thread, threads, barrier);
@@ -125,14 +129,14 @@ void run(const IrmbPlan& plan, void* shared_buffer, void* own_buffer, int64_t* o
                  x + image * in, static_cast<T*>(call.out) + image * out);
     if (image == 0) {
       if (thread == 0) s.pack_gamma();
-      mine(plan.panels_o, [&](int64_t a, int64_t b) { s.pack_outputs(a, b); });
       if (!plan.by_panels) {
-        mine(plan.panels_m, [&](int64_t a, int64_t b) { s.pack_expanded(a, b); });
+        mine(plan.panels_o, [&](int64_t panel) { s.pack_outputs(panel); });
+        mine(plan.panels_m, [&](int64_t panel) { s.pack_expanded(panel); });
         barrier();
       }
     }
     if (plan.by_panels) {
-      run_by_panels(s, images, image == 0, thread, threads, barrier);
+      run_by_panels(s, images, thread, threads, barrier);
     } else {
       if (call.R > 0) run_squeeze_excite(s, images, thread, threads, barrier);
       run_by_rows(s, images, thread, threads, false);

@@ -9,6 +9,7 @@ namespace emo_kernels::cpu {
 namespace {
 
 constexpr int64_t kCacheBudget = 640 * 1024;  // of a 1 MB L2: what one thread keeps in flight
+constexpr int64_t kPanelsBudget = 1024 * 1024;
 constexpr int64_t kTilePixels = 56;           // output pixels of a tile on narrow maps
 constexpr int64_t kAttendedBudget = 2 << 20;  // bytes of attention results in flight, all threads
 constexpr int64_t kSharedDepthwiseLimit = 4 << 20;  // bytes that may pass between cores
@@ -153,10 +154,21 @@ void choose_tile(IrmbPlan& p, int64_t element) {
   size_tile(p, rows, columns, std::min(p.panels_m, ceil_div(chunks, groups) * chunk), false);
 }
 
+// What one thread keeps in flight by panels: x, one ring, all of the depthwise result, and a panel
+// of weights of the expansion.
+int64_t panel_bytes(const IrmbPlan& p, int64_t element) {
+  const IrmbCall& c = p.conv;
+  const int64_t ring = (c.H + reach(c)) * (c.W + reach(c)) * p.panel;
+  const int64_t x = c.H * c.W * p.panels_c * p.panel, d = p.Ho * p.Wo * p.panels_m * p.panel;
+  return (ring + x + d + p.panel * c.C) * element;
+}
+
 // Rows cost every thread its halo, panels a meeting of all threads and uneven shares.
 bool panels_pay(const IrmbPlan& p, int64_t element) {
   const IrmbCall& c = p.conv;
-  if (p.threads == 1 || p.images >= p.threads || c.R > 0) return false;
+  if (c.R > 0) return false;
+  if (p.threads == 1) return p.call.N == 1 && panel_bytes(p, element) <= kPanelsBudget;
+  if (p.images >= p.threads) return false;
   if (p.Ho * p.Wo * p.panels_m * p.panel * element > kSharedDepthwiseLimit) return false;
   const double expand = static_cast<double>(c.H) * c.W * c.C;
   const double rest = static_cast<double>(p.Ho) * p.Wo * (c.O + c.K * c.K);
@@ -211,11 +223,13 @@ void place_buffers(IrmbPlan& p) {
   const IrmbCall& c = p.conv;
   const int64_t P = p.panel, M = p.panels_m * P, O = p.panels_o * P, C = p.panels_c * P;
   Buffer shared, own;
-  p.v_weight = shared.place(c.v_weight.data ? M * c.C : 0);
-  p.v_bias = shared.place(M);
-  p.dw_weight = shared.place(M * c.K * c.K);
-  p.bn_shift = shared.place(M);
-  p.proj_weight = shared.place(O * c.M);
+  Buffer& packed = p.by_panels ? own : shared;  // by panels, one panel at a time
+  const int64_t packed_m = p.by_panels ? P : M, packed_o = p.by_panels ? P : O;
+  p.v_weight = packed.place(c.v_weight.data ? packed_m * c.C : 0);
+  p.v_bias = packed.place(packed_m);
+  p.dw_weight = packed.place(packed_m * c.K * c.K);
+  p.bn_shift = packed.place(packed_m);
+  p.proj_weight = packed.place(packed_o * c.M);
   p.gamma = shared.place(O);
   p.row_sums = shared.place(c.R > 0 ? p.images * p.Ho * M : 0);
   p.gates = shared.place(c.R > 0 ? p.images * M : 0);

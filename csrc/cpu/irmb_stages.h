@@ -16,22 +16,27 @@ class Stages {
  public:
   const IrmbPlan& plan;
   bool gates_ready = false;
+  Ahead ahead;  // fetched while panels are expanded and shrunk
 
   Stages(const IrmbPlan& p, T* shared, T* own, int64_t* offsets)
       : plan(p),
         call_(p.conv),
         shared_(shared),
         own_(own),
+        packed_(p.by_panels ? own : shared),
         ring_offsets_(offsets),
         out_offsets_(offsets + p.chunk_pixels),
         depthwise_(depthwise_row_for<T>(call_.K, call_.stride, call_.dilation)) {
     norm_affine<T>(call_, own_ + plan.norm_scale, own_ + plan.norm_shift);
   }
 
-  // Pack the weights of expanded panels [p0, p1), of output panels [p0, p1), and gamma.
-  void pack_expanded(int64_t p0, int64_t p1);
-  void pack_outputs(int64_t p0, int64_t p1);
+  // Pack the weights of an expanded panel, of an output panel, and gamma.
+  void pack_expanded(int64_t panel);
+  void pack_outputs(int64_t panel);
   void pack_gamma();
+  // The weights pack_expanded and pack_outputs read.
+  Ahead expansion_of(int64_t panel) const;
+  Ahead projection_of(int64_t panel) const;
 
   // Names the maps of `images` images: read for the expansion, added at the end, written.
   void set_images(const T* source, const T* residual, T* out) {
@@ -54,12 +59,18 @@ class Stages {
   void depthwise(int64_t y0, int64_t y1, bool sums_only);
   // Adds the group's channels into output rows [y0, y1).
   void shrink(int64_t y0, int64_t y1);
-  // A thread's share of one image's pixels and outputs, all channels at once.
+  // A thread's share of one image's pixels and outputs, all channels at once: output panels from
+  // first_share on.
   void shrink_share(int thread, int threads);
+  int64_t first_share(int thread, int threads) const;
   // The squeeze-excite gate of image n out of its row sums.
   void gate(int64_t n);
 
  private:
+  struct PixelRange {
+    int64_t begin, end;
+  };
+  PixelRange share_of_panel(int64_t panel, int thread, int threads) const;
   void pack_x(int64_t row0, int64_t row1);
   void expand_rows(int64_t row0, int64_t row1);
   void expand_panel(int64_t panel, int64_t pixels);
@@ -73,11 +84,13 @@ class Stages {
     return plan.by_panels ? shared_ + plan.d_shared + panel * plan.tile_pixels * kPanel<T>
                           : own_ + plan.d + (panel - group0_) * plan.tile_pixels * kPanel<T>;
   }
+  int64_t slot(int64_t panel) const { return plan.by_panels ? 0 : panel * kPanel<T>; }
   const T* data(const Param& param) const { return static_cast<const T*>(param.data); }
 
   const IrmbCall& call_;
   T* const shared_;
   T* const own_;
+  T* const packed_;  // the buffer of the packed weights
   int64_t* const ring_offsets_;
   int64_t* const out_offsets_;
   const DepthwiseRowFunction<T> depthwise_;

@@ -30,28 +30,39 @@ void pack_depthwise(const IrmbCall& call, int64_t channel0, T* weights, T* shift
 }
 
 template <class T>
-void Stages<T>::pack_expanded(int64_t p0, int64_t p1) {
-  const int64_t P = kPanel<T>, taps = call_.K * call_.K;
-  for (int64_t p = p0; p < p1; ++p) {
-    const int64_t m = p * P, left = call_.M - m, channels = min(P, left);
-    if (call_.v_weight.data) {
-      pack_panel<T>(data(call_.v_weight) + m * call_.C, channels, call_.C,
-                    shared_ + plan.v_weight + m * call_.C, panel_width<T>(left));
-      const T* bias = data(call_.v_bias);
-      copy_padded<T>(bias ? bias + m : nullptr, channels, shared_ + plan.v_bias + m, P);
-    }
-    pack_depthwise<T>(call_, m, shared_ + plan.dw_weight + m * taps, shared_ + plan.bn_shift + m);
+void Stages<T>::pack_expanded(int64_t panel) {
+  const int64_t P = kPanel<T>, at = slot(panel), m = panel * P, left = call_.M - m;
+  const int64_t channels = min(P, left);
+  if (call_.v_weight.data) {
+    pack_panel<T>(data(call_.v_weight) + m * call_.C, channels, call_.C,
+                  packed_ + plan.v_weight + at * call_.C, panel_width<T>(left));
+    const T* bias = data(call_.v_bias);
+    copy_padded<T>(bias ? bias + m : nullptr, channels, packed_ + plan.v_bias + at, P);
   }
+  pack_depthwise<T>(call_, m, packed_ + plan.dw_weight + at * call_.K * call_.K,
+                    packed_ + plan.bn_shift + at);
 }
 
 template <class T>
-void Stages<T>::pack_outputs(int64_t p0, int64_t p1) {
-  const int64_t P = kPanel<T>;
-  for (int64_t p = p0; p < p1; ++p) {
-    const OutputPanel<T> panel(p, call_.O);
-    pack_panel<T>(data(call_.proj_weight) + panel.start * call_.M, panel.channels, call_.M,
-                  shared_ + plan.proj_weight + p * P * call_.M, panel.width);
-  }
+void Stages<T>::pack_outputs(int64_t panel) {
+  const OutputPanel<T> outputs(panel, call_.O);
+  pack_panel<T>(data(call_.proj_weight) + outputs.start * call_.M, outputs.channels, call_.M,
+                packed_ + plan.proj_weight + slot(panel) * call_.M, outputs.width);
+}
+
+template <class T>
+Ahead Stages<T>::expansion_of(int64_t panel) const {
+  if (call_.v_weight.data == nullptr) return {};
+  const int64_t m = panel * kPanel<T>;
+  return {data(call_.v_weight) + m * call_.C,
+          data(call_.v_weight) + min(call_.M, m + kPanel<T>) * call_.C};
+}
+
+template <class T>
+Ahead Stages<T>::projection_of(int64_t panel) const {
+  const OutputPanel<T> outputs(panel, call_.O);
+  const T* const begin = data(call_.proj_weight) + outputs.start * call_.M;
+  return {begin, begin + outputs.channels * call_.M};
 }
 
 template <class T>
@@ -128,10 +139,14 @@ void Stages<T>::expand_panel(int64_t panel, int64_t pixels) {
     }
     return;
   }
-  const ExpandTile<T> tile{
-      x_panels,     plan.chunk_pixels * P,     shared_ + plan.v_weight + m * call_.C,
-      call_.C,      shared_ + plan.v_bias + m, ring_of(panel),
-      ring_offsets_};
+  const ExpandTile<T> tile{x_panels,
+                           plan.chunk_pixels * P,
+                           packed_ + plan.v_weight + slot(panel) * call_.C,
+                           call_.C,
+                           packed_ + plan.v_bias + slot(panel),
+                           ring_of(panel),
+                           ring_offsets_,
+                           &ahead};
   with_shape<T>(panel_width<T>(call_.M - m),
                 [&](auto shape) { expand_pixels<T, decltype(shape)>(call_.act, tile, pixels); });
 }
@@ -175,8 +190,8 @@ void Stages<T>::depthwise(int64_t y0, int64_t y1, bool sums_only) {
     row.K = call_.K;
     row.stride = call_.stride;
     row.dilation = call_.dilation;
-    row.weights = shared_ + plan.dw_weight + panel * P * call_.K * call_.K;
-    row.shift = shared_ + plan.bn_shift + panel * P;
+    row.weights = packed_ + plan.dw_weight + slot(panel) * call_.K * call_.K;
+    row.shift = packed_ + plan.bn_shift + slot(panel);
     row.gate = gates_ready ? shared_ + plan.gates + (n_ * plan.panels_m + panel) * P : nullptr;
     row.columns = columns;
     row.panel = P;
@@ -254,7 +269,7 @@ void Stages<T>::shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, cons
   ShrinkTile<T> tile{};
   tile.a = d + pixel0 * kPanel<T>;
   tile.a_panel_stride = d_stride;
-  tile.b = shared_ + plan.proj_weight + panel * kPanel<T> * call_.M + channel0 * width;
+  tile.b = packed_ + plan.proj_weight + slot(panel) * call_.M + channel0 * width;
   tile.K = channels;
   tile.out = out_ + o;
   tile.residual = call_.skip ? residual_ + o : nullptr;
@@ -263,6 +278,7 @@ void Stages<T>::shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, cons
   tile.channels = outputs.channels;
   tile.first = channel0 == 0;
   tile.last = channel0 + channels == call_.M;
+  tile.ahead = &ahead;
   with_shape<T>(width,
                 [&](auto shape) { shrink_pixels<T, decltype(shape)>(tile, pixel1 - pixel0); });
 }
@@ -282,22 +298,39 @@ void Stages<T>::shrink(int64_t y0, int64_t y1) {
 
 constexpr int64_t kShareRows = kRegisters == 32 ? 8 : 4;  // rows of a whole GEMM tile
 
-// Panel by panel, so that a thread reads few panels of weights; shares are equal in channels.
+// Panel by panel, so that a thread packs and reads few panels of weights; equal in channels.
+template <class T>
+typename Stages<T>::PixelRange Stages<T>::share_of_panel(int64_t panel, int thread,
+                                                         int threads) const {
+  const int64_t pixels = plan.Ho * plan.Wo, tiles = ceil_div(pixels, kShareRows);
+  const OutputPanel<T> outputs(panel, call_.O);
+  const auto pixel = [&](int64_t share) {
+    const int64_t work = call_.O * tiles * share / threads - outputs.start * tiles;
+    return min(pixels, max<int64_t>(0, work / outputs.channels) * kShareRows);
+  };
+  return {pixel(thread), pixel(thread + 1)};
+}
+
+template <class T>
+int64_t Stages<T>::first_share(int thread, int threads) const {
+  for (int64_t p = 0; p < plan.panels_o; ++p) {
+    const PixelRange range = share_of_panel(p, thread, threads);
+    if (range.begin < range.end) return p;
+  }
+  return plan.panels_o;
+}
+
 template <class T>
 void Stages<T>::shrink_share(int thread, int threads) {
-  const int64_t pixels = plan.Ho * plan.Wo, tiles = ceil_div(pixels, kShareRows), O = call_.O;
-  const int64_t begin = O * tiles * thread / threads, end = O * tiles * (thread + 1) / threads;
-  for (int64_t i = 0; i < pixels; ++i) out_offsets_[i] = (n_ * pixels + i) * O;
-  for (int64_t p = 0; p < plan.panels_o; ++p) {
-    const OutputPanel<T> panel(p, O);
-    const auto row = [&](int64_t work) {
-      const int64_t tile = (work - panel.start * tiles) / panel.channels;
-      return min(pixels, max<int64_t>(0, tile) * kShareRows);
-    };
-    if (row(begin) < row(end)) {
-      shrink_panel(p, row(begin), row(end), shared_ + plan.d_shared, plan.tile_pixels * kPanel<T>,
-                   0, call_.M);
-    }
+  const int64_t pixels = plan.Ho * plan.Wo;
+  for (int64_t i = 0; i < pixels; ++i) out_offsets_[i] = (n_ * pixels + i) * call_.O;
+  for (int64_t p = first_share(thread, threads); p < plan.panels_o; ++p) {
+    const PixelRange range = share_of_panel(p, thread, threads);
+    if (range.begin >= range.end) break;
+    pack_outputs(p);
+    ahead = p + 1 < plan.panels_o ? projection_of(p + 1) : Ahead{};
+    shrink_panel(p, range.begin, range.end, shared_ + plan.d_shared, plan.tile_pixels * kPanel<T>,
+                 0, call_.M);
   }
 }
 

@@ -32,29 +32,42 @@ EMO_INLINE void transpose(V* rows) {
   transpose_stage<1>(rows, All{});
 }
 
+// One vector of rows of pack_panel, those past `rows` zero.
+template <class T, bool kWhole>
+EMO_INLINE void pack_rows(const T* src, int64_t rows, int64_t K, T* dst, int64_t width,
+                          int64_t stride, int64_t store_width) {
+  constexpr int kLanes = kLanesOf<T>;
+  using V = Vec<T, kLanes>;
+  for (int64_t k = 0; k < K; k += kLanes) {
+    const int64_t depth = min<int64_t>(kLanes, K - k);
+    V block[kLanes];
+    unroll<kLanes>(EMO_UNROLLED(i) {
+      const T* row = src + i * stride + k;
+      // Weights come from memory, and these rows are too short for its prefetcher: ask for the
+      // rows a vector further down, which are packed next.
+      __builtin_prefetch(row + kLanes * stride);
+      const bool whole = kWhole || (i < rows && depth == kLanes);
+      block[i] = whole ? load<V>(row) : i < rows ? load_first<V>(row, depth) : V{};
+    });
+    transpose<V, kLanes>(block);
+    if (kWhole || (depth == kLanes && store_width == kLanes)) {
+      unroll<kLanes>(EMO_UNROLLED(i) { store(dst + (k + i) * width, block[i]); });
+    } else {
+      for (int64_t i = 0; i < depth; ++i) store_first(dst + (k + i) * width, block[i], store_width);
+    }
+  }
+}
+
 // dst[k * width + r] = src[r * stride + k] for r < rows, 0 for rows <= r < width.
 template <class T>
 void pack_panel(const T* src, int64_t rows, int64_t K, T* dst, int64_t width, int64_t stride) {
   constexpr int kLanes = kLanesOf<T>;
-  using V = Vec<T, kLanes>;
-  for (int64_t r = 0; r < width; r += kLanes) {
+  for (int64_t r = 0; r < width; r += kLanes, src += kLanes * stride, dst += kLanes) {
     const int64_t store_width = min<int64_t>(kLanes, width - r);
-    for (int64_t k = 0; k < K; k += kLanes) {
-      const int64_t depth = min<int64_t>(kLanes, K - k);
-      V block[kLanes];
-      unroll<kLanes>(EMO_UNROLLED(i) {
-        // Weights come from memory: ask for the next blocks of the row while this one is shuffled.
-        if (r + i < rows) __builtin_prefetch(src + (r + i) * stride + k + 4 * kLanes);
-        const T* row = src + (r + i) * stride + k;
-        block[i] = r + i >= rows ? V{} : depth == kLanes ? load<V>(row) : load_first<V>(row, depth);
-      });
-      transpose<V, kLanes>(block);
-      if (depth == kLanes && store_width == kLanes) {
-        unroll<kLanes>(EMO_UNROLLED(i) { store(dst + (k + i) * width + r, block[i]); });
-      } else {
-        for (int64_t i = 0; i < depth; ++i)
-          store_first(dst + (k + i) * width + r, block[i], store_width);
-      }
+    if (rows - r >= kLanes && K % kLanes == 0) {
+      pack_rows<T, true>(src, rows - r, K, dst, width, stride, store_width);
+    } else {
+      pack_rows<T, false>(src, rows - r, K, dst, width, stride, store_width);
     }
   }
 }
