@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from emo_kernels import backends, ops, reference
 from emo_kernels.link import Link
-from emo_kernels.ops.bound import BoundBlock, can_bind
 from emo_kernels.ops.registration import needs_gradient, runs_standard_operators
 from emo_kernels.spec import IRMBSpec, IRMBWeights
 from emo_kernels.structure import Reading, UnreadableError, has_global_hooks, looks_like_irmb
@@ -120,7 +119,7 @@ class AcceleratedForward:
         self.previous = block.__dict__.get("forward")
         self._reading: Reading | None = None
         self._link = Link()
-        self._bound: tuple[tuple[str | None, IRMBSpec], BoundBlock] | None = None
+        self._bound: Callable[[Tensor], Tensor | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reading": None, "_bound": None, "_link": Link()}
@@ -134,6 +133,14 @@ class AcceleratedForward:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The fused operator where it computes this call, else the block's own forward."""
+        if not torch.compiler.is_compiling() and self._bound is not None and not (args or kwargs):
+            out = self._bound(x)
+            if out is not None:
+                return out
+        return self._decide(x, *args, **kwargs)
+
+    def _decide(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """A call that is not the one made before: find out who computes it."""
         if args or kwargs or not isinstance(x, Tensor) or has_global_hooks():
             return own_forward(self.block, x, *args, **kwargs)
         eager = not torch.compiler.is_compiling()
@@ -151,14 +158,9 @@ class AcceleratedForward:
                 return out
             if reading.batch_dependent or autocast:
                 return own_forward(self.block, x)
-        if torch.is_grad_enabled() or not eager or runs_standard_operators(x):
-            return self._call(x, weights, reading.spec)
-        choice = (backends.requested(self.backend), reading.spec)
-        bound = self._bound
-        if bound is not None and bound[0] == choice and bound[1].holds(x, weights):
-            return bound[1](x)
         out = self._call(x, weights, reading.spec)
-        self._bind(x, weights, *choice)
+        if eager and not torch.is_grad_enabled() and not runs_standard_operators(x):
+            self._bind(x, weights, reading)
         return out
 
     def _call(self, x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
@@ -174,11 +176,13 @@ class AcceleratedForward:
                 return own_forward(self.block, x)
         return ops.irmb(x, weights, spec, backend=backend)
 
-    def _bind(self, x: Tensor, weights: IRMBWeights, requested: str | None, spec: IRMBSpec) -> None:
+    def _bind(self, x: Tensor, weights: IRMBWeights, reading: Reading) -> None:
         """Keep the call that was just made for the next one."""
-        backend = backends.resolve("irmb", requested, x, weights, spec)
-        if type(x) is Tensor and can_bind(backend, weights):
-            self._bound = ((requested, spec), BoundBlock(x, weights, spec, backend))
+        self._bound = None
+        backend = backends.resolve("irmb", self.backend, x, weights, reading.spec)
+        if backends.has(backend, "irmb_bind"):
+            bind = backends.function(backend, "irmb_bind")
+            self._bound = bind(x, weights, reading.spec, reading.conditions())
 
 
 def unreadable(block: nn.Module) -> str | None:

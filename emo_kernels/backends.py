@@ -3,7 +3,8 @@
 A backend is a namespace (``emo_kernels.reference``, ``.cpu``, ``.triton``, ``.cuda``) whose
 functions carry the operators' names. ``<operator>`` runs it, ``<operator>_unsupported`` (same
 arguments) says why a call is outside its limits, ``<operator>_backward`` is its gradient kernel,
-``<operator>_bind`` settles a call that eager inference will repeat; what a namespace lacks, it does
+``<operator>_bind`` settles a call that eager inference will repeat, which holds for as long as the
+conditions do; what a namespace lacks, it does
 not support. A whole block may be composed in ``ops`` of a namespace's other kernels, which declares
 that by ``irmb_unsupported`` and ``irmb_training_unsupported`` alone. A backend is chosen once, at
 the top of a call, and travels down as a string; one asked for by name is obeyed or raises, only
@@ -186,6 +187,12 @@ def use_backend(name: str) -> Iterator[None]:
 def requested(backend: str | None) -> str | None:
     """The backend asked for: by argument, else by :func:`use_backend`, else by environment."""
     return backend or _used or os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+def places_of_request() -> list[tuple[dict[Any, Any], Any]]:
+    """Where :func:`requested` looks, beside its argument."""
+    variables = os.environ
+    return [(globals(), "_used"), (variables._data, variables.encodekey(ENVIRONMENT_VARIABLE))]  # type: ignore[attr-defined]
 
 
 def why_not(name: str, operator: str, device: str, *args: Any, **options: Any) -> str | None:

@@ -103,6 +103,20 @@ class IRMBWeights(NamedTuple):
         return ((n, t) for n, t in zip(self._fields, self, strict=True) if t is not None)
 
 
+class Conditions(NamedTuple):
+    """On what it depends that a call checked once may be made again unchecked.
+
+    Attributes:
+        places: (dict, key) pairs that must hold the objects they hold, or go on lacking the key.
+        empty: dicts that must stay empty.
+        weights: (dict, key) of every tensor, which must stay where it lies in memory.
+    """
+
+    places: list[tuple[dict[Any, Any], Any]]
+    empty: list[dict[Any, Any]]
+    weights: list[tuple[dict[Any, Any], Any]]
+
+
 class BatchNormMode(NamedTuple):
     """How one batch norm runs in a step.
 

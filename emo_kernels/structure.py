@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.nn.modules import module as module_globals
 
-from emo_kernels.spec import OP_ORDERS, WINDOW_MODES, IRMBSpec, IRMBWeights
+from emo_kernels import backends
+from emo_kernels.spec import OP_ORDERS, WINDOW_MODES, Conditions, IRMBSpec, IRMBWeights
 
 _ACTIVATION_CLASSES = {
     "Identity": "none",
@@ -42,9 +43,13 @@ def looks_like_irmb(module: nn.Module) -> bool:
     )
 
 
+# Hooks on every module (profilers, FLOP counters).
+_GLOBAL_HOOKS = (module_globals._global_forward_hooks, module_globals._global_forward_pre_hooks)
+
+
 def has_global_hooks() -> bool:
-    """Whether hooks on every module are installed (profilers, FLOP counters)."""
-    return bool(module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks)
+    """Whether hooks on every module are installed."""
+    return any(_GLOBAL_HOOKS)
 
 
 class Reading:
@@ -87,6 +92,16 @@ class Reading:
         if weights.gamma is None or weights.gamma.dim() == 1:
             return weights
         return weights._replace(gamma=weights.gamma.flatten())
+
+    def conditions(self) -> Conditions:
+        """What must not change for this reading and its weights' memory to stay as they are."""
+        places = [*self._places, *backends.places_of_request()]
+        weights: list[tuple[dict[str, Any], str]] = []
+        for place in self._tensors:
+            if place is not None:
+                absent = place[0].get(place[1]) is None
+                (places if absent else weights).append(place)
+        return Conditions(places, [*self._hooks, *_GLOBAL_HOOKS], weights)
 
     def _look(self) -> list[Any]:
         return [place.get(key, _ABSENT) for place, key in self._places]

@@ -1,4 +1,8 @@
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 def build_info() -> dict[str, Any]: ...
 def cuda_report() -> dict[str, Any]: ...
@@ -7,18 +11,54 @@ def available_isas() -> list[str]: ...
 def selected_isa() -> str: ...
 def scratch_bytes() -> int: ...
 def release_scratch() -> None: ...
-def irmb(
+
+class Prepared:
+    """A kernel call that lacks its map, its result and the number of threads."""
+
+    def __init__(self) -> None:
+        """A kernel that does nothing: what is left is the cost of the call."""
+
+    def __call__(self, x: int, out: int, threads: int) -> None: ...
+
+def prepare_irmb(
     dtype: int,
-    x: int,
-    out: int,
     weights: tuple[int, ...],
     counts: tuple[int, ...],
     sizes: tuple[int, ...],
     switches: tuple[int, ...],
     norm_eps: float,
     bn_eps: float,
-    threads: int,
-) -> None: ...
+) -> Prepared: ...
+def bind_call(
+    kernel: Prepared,
+    api: object,
+    x: Tensor,
+    map_strides: Sequence[int],
+    layout: torch.memory_format | None,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    places: list[tuple[dict[Any, Any], Any]],
+    empty: list[dict[Any, Any]],
+    weights: list[tuple[dict[Any, Any], Any]],
+    flags: list[tuple[Callable[..., Any], Any, Any]],
+    tools: tuple[Callable[..., Any], ...],
+) -> Callable[[Tensor], Tensor | None]:
+    """The call made again for another map, or ``None`` where something is not as it was.
+
+    Args:
+        kernel: runs on maps of x's shape and dtype with ``map_strides``, on the weights' memory.
+        api: torch's capsule ``__dlpack_c_exchange_api__``.
+        x: a map; its type, dtype and shape are those of every call.
+        map_strides: of the maps; those of sides of one pixel do not matter.
+        layout: brings other maps into these strides; ``None``: they are another call's.
+        shape, strides: of the result, which is dense and has x's dtype.
+        places: (dict, key): each must hold the same object, or lack the key, as now.
+        empty: dicts that must be empty.
+        weights: (dict, key): each must hold the same tensor in the same memory.
+        flags: (function, argument or ``None``, singleton that it must return).
+        tools: ``Tensor.is_neg``, ``torch.get_num_threads``, ``Tensor.contiguous``.
+    """
+
 def pixels(
     dtype: int, op: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int
 ) -> None: ...

@@ -5,11 +5,14 @@
 #include <array>
 #include <string>
 
+#include "bound_call.h"
 #include "emo_kernels.h"
+#include "output_pool.h"
 
 namespace py = pybind11;
 namespace cpu = emo_kernels::cpu;
 namespace cuda = emo_kernels::cuda;
+using emo_kernels::python::Prepared;
 
 namespace {
 
@@ -65,16 +68,14 @@ std::array<int64_t, kCount> integers(const char* name, const py::tuple& values) 
   return result;
 }
 
-void irmb(int dtype, uintptr_t x, uintptr_t out, const py::tuple& weights, const py::tuple& counts,
-          const py::tuple& sizes, const py::tuple& switches, double norm_eps, double bn_eps,
-          int threads) {
+cpu::IrmbCall irmb_call(int dtype, const py::tuple& weights, const py::tuple& counts,
+                        const py::tuple& sizes, const py::tuple& switches, double norm_eps,
+                        double bn_eps) {
   constexpr size_t kParams = 19;
   const auto pointer = integers<kParams>("weights", weights);
   const auto count = integers<kParams>("counts", counts);
   cpu::IrmbCall call;
   call.dtype = static_cast<emo_kernels::DType>(dtype);
-  call.x = reinterpret_cast<const void*>(x);
-  call.out = reinterpret_cast<void*>(out);
   cpu::Param* const params[kParams] = {
       &call.norm_weight,    &call.norm_bias,        &call.norm_mean,      &call.norm_var,
       &call.qk_weight,      &call.qk_bias,          &call.v_weight,       &call.v_bias,
@@ -97,9 +98,25 @@ void irmb(int dtype, uintptr_t x, uintptr_t out, const py::tuple& weights, const
   call.attention_first = chosen[9] != 0;
   call.norm_eps = norm_eps;
   call.bn_eps = bn_eps;
-  call.threads = threads;
-  py::gil_scoped_release unlocked;
-  cpu::irmb(call);
+  return call;
+}
+
+// A launch of `call` whose map, result and threads are still open.
+template <class Call>
+Prepared prepared(Call call, void (*launch)(const Call&)) {
+  return {[call, launch](const void* x, void* out, int threads) {
+    Call mine = call;  // two threads may run this at once
+    mine.x = x;
+    mine.out = out;
+    mine.threads = threads;
+    launch(mine);
+  }};
+}
+
+Prepared prepare_irmb(int dtype, const py::tuple& weights, const py::tuple& counts,
+                      const py::tuple& sizes, const py::tuple& switches, double norm_eps,
+                      double bn_eps) {
+  return prepared(irmb_call(dtype, weights, counts, sizes, switches, norm_eps, bn_eps), cpu::irmb);
 }
 
 // ---- one training step, operator by operator: pointers and sizes in the order of emo_kernels/cpu
@@ -242,10 +259,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &cpu::available_isas);
   m.def("selected_isa", &cpu::selected_isa);
   m.def("scratch_bytes", &cpu::scratch_bytes);
-  m.def("irmb", &irmb, py::arg("dtype"), py::arg("x"), py::arg("out"), py::arg("weights"),
-        py::arg("counts"), py::arg("sizes"), py::arg("switches"), py::arg("norm_eps"),
-        py::arg("bn_eps"), py::arg("threads"));
-  m.def("release_scratch", &cpu::release_scratch);
+  emo_kernels::python::add_bound_call(m);
+  m.def("prepare_irmb", &prepare_irmb, py::arg("dtype"), py::arg("weights"), py::arg("counts"),
+        py::arg("sizes"), py::arg("switches"), py::arg("norm_eps"), py::arg("bn_eps"));
+  m.def("release_scratch", [] {
+    cpu::release_scratch();
+    emo_kernels::python::output_pool().clear();
+  });
   m.def("pixels", &pixels);
   m.def("depthwise_conv2d", &depthwise_conv2d);
   m.def("depthwise_conv2d_backward", &depthwise_conv2d_backward);

@@ -338,7 +338,9 @@ def raw_call(image: Tensor, w: IRMBWeights, row: Row, **changes: object) -> None
         "bn_eps": 1e-6,
         "threads": 1,
     }
-    _C.irmb(**{**arguments, **changes})  # type: ignore[arg-type]
+    arguments |= changes
+    call = [arguments.pop(name) for name in ("x", "out", "threads")]
+    _C.prepare_irmb(**arguments)(*call)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

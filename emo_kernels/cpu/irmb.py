@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from emo_kernels import _C
-from emo_kernels.spec import IRMBSpec, IRMBWeights, conv_output_size
+from emo_kernels.cpu.bound import BoundCall, bind
+from emo_kernels.spec import Conditions, IRMBSpec, IRMBWeights, conv_output_size
 
 _DTYPES = {torch.float32: 0, torch.float64: 1}
 _NORMS = {"none": 0, "batch": 1, "layer": 2}
@@ -49,28 +50,55 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
         ValueError: the kernel refuses a size or a pointer.
     """
     dense = IRMBWeights._make(None if t is None else t.contiguous() for t in weights)
-    return irmb_bind(x, dense, spec)(x)
+    shape, strides = _output(x, weights, spec)
+    map_strides = _map_strides(x)
+    if x.stride() != map_strides:  # whatever torch says of dimensions of size one
+        x = torch.empty_strided(x.shape, map_strides, dtype=x.dtype).copy_(x)
+    out = torch.empty_strided(shape, strides, dtype=x.dtype)
+    kernel = _C.prepare_irmb(*_arguments(x, dense, spec))
+    kernel(x.data_ptr(), out.data_ptr(), torch.get_num_threads())
+    return out
 
 
-def irmb_bind(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Callable[[Tensor], Tensor]:
-    """:func:`irmb` with all settled but the map's contents.
+def irmb_bind(
+    x: Tensor, weights: IRMBWeights, spec: IRMBSpec, conditions: Conditions
+) -> BoundCall | None:
+    """:func:`irmb` with all settled but the map's contents, for eager inference to repeat.
 
-    The result takes maps of x's shape and dtype, as long as the weights, which are dense, stay
-    where they are; it reads their values at every call.
+    It reads the weights at every call, where they lie now.
     """
+    return bind(
+        _C.prepare_irmb(*_arguments(x, weights, spec)),
+        x,
+        _map_strides(x),
+        *_output(x, weights, spec),
+        conditions,
+        layout=torch.channels_last,
+    )
+
+
+def _map_strides(x: Tensor) -> tuple[int, ...]:
+    _, c, h, w = x.shape
+    return c * h * w, 1, c * w, c
+
+
+def _output(
+    x: Tensor, weights: IRMBWeights, spec: IRMBSpec
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of the result."""
+    assert weights.dw_weight is not None and weights.proj_weight is not None
+    o = weights.proj_weight.shape[0]
+    step = (weights.dw_weight.shape[3], spec.stride, spec.padding, spec.dilation)
+    h, w = (conv_output_size(side, *step) for side in x.shape[2:])
+    return (x.shape[0], o, h, w), (o * h * w, 1, o * w, o)
+
+
+def _arguments(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> tuple[Any, ...]:
+    """All that the kernel takes but the memory of the maps and the threads."""
     w = weights
     assert w.dw_weight is not None and w.proj_weight is not None
-    n, c, h, width = x.shape
-    m, k = w.dw_weight.shape[0], w.dw_weight.shape[3]
-    o = w.proj_weight.shape[0]
     r = 0 if w.se_reduce_weight is None else w.se_reduce_weight.shape[0]
-    step = (k, spec.stride, spec.padding, spec.dilation)
-    out_h, out_w = conv_output_size(h, *step), conv_output_size(width, *step)
-    shape, strides = (n, o, out_h, out_w), (o * out_h * out_w, 1, o * out_w, o)
-    dtype, map_strides = x.dtype, (c * h * width, 1, c * width, c)
-    pointers = tuple([0 if t is None else t.data_ptr() for t in w])
-    counts = tuple([0 if t is None else t.numel() for t in w])
-    sizes = (n, c, h, width, m, o, k, r)
+    m, _, _, k = w.dw_weight.shape
     switches = (
         _NORMS[spec.norm],
         _ACTIVATIONS[spec.act],
@@ -83,23 +111,12 @@ def irmb_bind(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Callable[[Tens
         _WINDOWS[spec.window_mode],
         spec.attn_pre,
     )
-
-    def run(x: Tensor) -> Tensor:
-        if x.stride() != map_strides:  # whatever torch says of dimensions of size one
-            x = torch.empty_strided(x.shape, map_strides, dtype=dtype).copy_(x)
-        out = torch.empty_strided(shape, strides, dtype=dtype)
-        _C.irmb(
-            _DTYPES[dtype],
-            x.data_ptr(),
-            out.data_ptr(),
-            pointers,
-            counts,
-            sizes,
-            switches,
-            spec.norm_eps,
-            spec.bn_eps,
-            torch.get_num_threads(),
-        )
-        return out
-
-    return run
+    return (
+        _DTYPES[x.dtype],
+        tuple([0 if t is None else t.data_ptr() for t in w]),
+        tuple([0 if t is None else t.numel() for t in w]),
+        (*x.shape, m, w.proj_weight.shape[0], k, r),
+        switches,
+        spec.norm_eps,
+        spec.bn_eps,
+    )

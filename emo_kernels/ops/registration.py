@@ -22,21 +22,6 @@ _LIBRARY = torch.library.Library("emo_kernels", "DEF")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def define_eager(schema: str, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A torch op for eager inference alone: no gradient, nothing traces it; 4 us a call."""
-    _LIBRARY.define(schema)
-    name = schema.split("(")[0]
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    stem, overload = name.split(".")
-    op = getattr(getattr(torch.ops.emo_kernels, stem), overload)
-
-    def call(*args: Any) -> Tensor:
-        with _below_autograd():
-            return op(*args)
-
-    return call
-
-
 def define_composite(schema: str, run: Callable[..., Any]) -> Callable[..., Any]:
     """A torch op that stands for ``run`` where a call is traced, and falls apart into its parts."""
     name = schema.split("(")[0]

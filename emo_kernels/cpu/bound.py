@@ -1,0 +1,88 @@
+"""A kernel's call that eager inference repeats, with its checks in C++: 3 us a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from emo_kernels import _C
+from emo_kernels.spec import Conditions
+
+BoundCall = Callable[[Tensor], Tensor | None]
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+# Who else wants to see the call, or records it, asks for the operator: (function, argument, the
+# answer for nobody).
+_NOBODY: list[tuple[str, Any, Any]] = [
+    ("torch.is_grad_enabled", None, False),
+    ("torch.is_autocast_enabled", "cpu", False),
+    ("torch._C._is_tracing", None, False),
+    ("torch._C._len_torch_function_stack", None, 0),
+    ("torch._C._len_torch_dispatch_stack", None, 0),
+    ("torch._C._autograd._profiler_enabled", None, False),
+]
+
+
+def _resolve(path: str) -> Any:
+    found: Any = torch
+    for name in path.split(".")[1:]:
+        found = getattr(found, name)
+    return found
+
+
+def _torch_interface() -> tuple[Any, list[tuple[Any, Any, Any]]] | None:
+    """(capsule, flags), where this torch has them all."""
+    try:
+        api = _resolve("torch.Tensor.__dlpack_c_exchange_api__")
+        flags = [(_resolve(path), argument, answer) for path, argument, answer in _NOBODY]
+    except AttributeError:
+        return None
+    return (api, flags) if hasattr(forward_ad, "_current_level") else None
+
+
+_INTERFACE = _torch_interface()
+
+
+def bind(
+    kernel: _C.Prepared,
+    x: Tensor,
+    strides: Sequence[int],
+    out_shape: Sequence[int],
+    out_strides: Sequence[int],
+    conditions: Conditions,
+    *,
+    layout: torch.memory_format | None = None,
+) -> BoundCall | None:
+    """``kernel`` as a function of the map, ``None`` where it cannot be bound.
+
+    The function returns ``None``, and has done nothing, where the map is of another kind than x,
+    where a condition no longer holds or a weight lies elsewhere, and where the operator is wanted.
+
+    Args:
+        kernel: for maps of x's shape and dtype.
+        strides: of those maps.
+        layout: what brings other maps into these strides; ``None``: they are not taken.
+    """
+    tensors = [place.get(key) for place, key in conditions.weights]
+    dense = all(t is not None and type(t) in _PLAIN and t.is_contiguous() for t in tensors)
+    if _INTERFACE is None or type(x) is not Tensor or x.numel() == 0 or not dense:
+        return None
+    api, flags = _INTERFACE
+    return _C.bind_call(
+        kernel=kernel,
+        api=api,
+        x=x,
+        map_strides=strides,
+        layout=layout,
+        shape=out_shape,
+        strides=out_strides,
+        places=[*conditions.places, (forward_ad.__dict__, "_current_level")],
+        empty=conditions.empty,
+        weights=conditions.weights,
+        flags=flags,
+        tools=(Tensor.is_neg, torch.get_num_threads, Tensor.contiguous),
+    )

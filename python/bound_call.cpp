@@ -1,0 +1,344 @@
+// The repeated call of a kernel. Per call it looks at every place in a dict that the call depends
+// on, at every flag of torch, and at where each weight's memory lies; where all is as it was, it
+// runs the kernel on the map. Else it returns None, and Python calls the operator and binds anew.
+// What the weights contain is the kernel's to read, at every call.
+#include "bound_call.h"
+
+#include <pybind11/stl.h>
+#include <structmember.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dlpack.h"
+#include "output_pool.h"
+
+namespace py = pybind11;
+
+namespace emo_kernels::python {
+namespace {
+
+struct Memory {
+  void* data;
+  dlpack::DataType dtype;
+  std::vector<int64_t> shape, strides;
+};
+
+bool same_layout(const dlpack::Tensor& t, const Memory& m, bool strides_of_ones) {
+  if (t.device.type != dlpack::kCpu || t.dims != static_cast<int32_t>(m.shape.size()) ||
+      t.dtype.code != m.dtype.code || t.dtype.bits != m.dtype.bits || t.byte_offset != 0) {
+    return false;
+  }
+  for (int32_t d = 0; d < t.dims; ++d) {
+    if (t.shape[d] != m.shape[d]) return false;
+    if (t.strides[d] != m.strides[d] && (strides_of_ones || m.shape[d] != 1)) return false;
+  }
+  return true;
+}
+
+// Borrowed pointers: State::held keeps the objects alive.
+struct Place {
+  PyObject *dict, *key, *expected;  // expected: null where the dict must lack the key
+
+  bool holds() const { return PyDict_GetItemWithError(dict, key) == expected; }
+};
+
+struct Flag {
+  PyObject *function, *argument, *expected;  // argument: null for none
+
+  bool holds() const {
+    PyObject* const found =
+        PyObject_Vectorcall(function, &argument, argument == nullptr ? 0 : 1, nullptr);
+    Py_XDECREF(found);
+    return found == expected;  // a singleton: alive without our reference
+  }
+};
+
+struct Weight {
+  Place place;
+  Memory memory;
+};
+
+struct State {
+  const dlpack::ExchangeApi* api;
+  PyTypeObject* tensor_type;
+  std::vector<Place> places;
+  std::vector<PyObject*> empty;  // dicts
+  std::vector<Flag> flags;
+  std::vector<Weight> weights;
+  PyObject *is_negative, *num_threads, *to_layout, *layout_names, *layout;
+  Memory map, result;
+  int64_t result_bytes;
+  Prepared kernel;
+};
+
+struct BoundCall {
+  PyObject_HEAD vectorcallfunc call;
+  PyObject* held;  // null once the garbage collector has cleared it
+  State* state;
+};
+
+// Whether the tensor is where it was; an error, as for a tensor without memory, is a no.
+bool look_at(const State& s, PyObject* tensor, dlpack::Tensor* found) {
+  if (s.api->look_at(tensor, found) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+bool conditions_hold(const State& s) {
+  for (const Place& place : s.places) {
+    if (!place.holds()) return false;
+  }
+  for (PyObject* const dict : s.empty) {
+    if (PyDict_GET_SIZE(dict) != 0) return false;
+  }
+  for (const Weight& weight : s.weights) {
+    dlpack::Tensor found;
+    if (!weight.place.holds() || !look_at(s, weight.place.expected, &found)) return false;
+    if (found.data != weight.memory.data || !same_layout(found, weight.memory, true)) return false;
+  }
+  for (const Flag& flag : s.flags) {
+    if (!flag.holds()) return false;
+  }
+  return true;
+}
+
+// The map as the kernel reads it, a new reference; null where the call is another one.
+PyObject* readable_map(const State& s, PyObject* x, dlpack::Tensor* found) {
+  if (Py_TYPE(x) != s.tensor_type || !look_at(s, x, found)) return nullptr;
+  if (found->dims != static_cast<int32_t>(s.map.shape.size())) return nullptr;
+  const Flag negative{s.is_negative, x, Py_False};
+  if (!negative.holds()) return nullptr;
+  if (same_layout(*found, s.map, false)) return Py_NewRef(x);
+  for (int32_t d = 0; d < found->dims; ++d) {
+    if (found->shape[d] != s.map.shape[d]) return nullptr;
+  }
+  if (s.layout == Py_None) return nullptr;
+  PyObject* const arguments[] = {x, s.layout};
+  PyObject* const dense = PyObject_Vectorcall(s.to_layout, arguments, 1, s.layout_names);
+  if (dense != nullptr && look_at(s, dense, found) && same_layout(*found, s.map, false)) {
+    return dense;
+  }
+  Py_XDECREF(dense);
+  return nullptr;
+}
+
+struct Result {
+  dlpack::ManagedTensor managed;
+  int64_t shape[4], strides[4];
+  int64_t bytes;
+};
+
+void release_result(dlpack::ManagedTensor* managed) {
+  auto* const result = static_cast<Result*>(managed->context);
+  output_pool().give(managed->tensor.data, result->bytes);
+  delete result;
+}
+
+dlpack::ManagedTensor* new_result(const State& s) {
+  auto* const result = new Result;
+  const size_t dims = s.result.shape.size();
+  for (size_t d = 0; d < dims; ++d) {
+    result->shape[d] = s.result.shape[d];
+    result->strides[d] = s.result.strides[d];
+  }
+  result->bytes = s.result_bytes;
+  result->managed.version = s.api->version;
+  result->managed.context = result;
+  result->managed.deleter = release_result;
+  result->managed.flags = 0;
+  result->managed.tensor = {output_pool().take(s.result_bytes),
+                            {dlpack::kCpu, 0},
+                            static_cast<int32_t>(dims),
+                            s.result.dtype,
+                            result->shape,
+                            result->strides,
+                            0};
+  return &result->managed;
+}
+
+void run_unlocked(const State& s, const void* x, void* out, int threads) {
+  const py::gil_scoped_release unlocked;
+  s.kernel.run(x, out, threads);
+}
+
+PyObject* run(const State& s, const void* x) {
+  PyObject* const threads = PyObject_CallNoArgs(s.num_threads);
+  if (threads == nullptr) return nullptr;
+  const int count = static_cast<int>(PyLong_AsLong(threads));
+  Py_DECREF(threads);
+  dlpack::ManagedTensor* result = nullptr;
+  try {
+    result = new_result(s);
+    run_unlocked(s, x, result->tensor.data, count);
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  void* out = nullptr;
+  if (PyErr_Occurred() || s.api->import_tensor(result, &out) != 0) {
+    if (result != nullptr) release_result(result);
+    return nullptr;
+  }
+  return static_cast<PyObject*>(out);
+}
+
+PyObject* call_bound(PyObject* self, PyObject* const* args, size_t nargsf, PyObject* names) {
+  auto* const bound = reinterpret_cast<BoundCall*>(self);
+  if (bound->held == nullptr || PyVectorcall_NARGS(nargsf) != 1 || names != nullptr) {
+    Py_RETURN_NONE;
+  }
+  const State& s = *bound->state;
+  dlpack::Tensor map;
+  PyObject* const x = conditions_hold(s) ? readable_map(s, args[0], &map) : nullptr;
+  if (x == nullptr) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  // Another thread may put other weights in their places while the kernel reads these.
+  PyObject* const held = Py_NewRef(bound->held);
+  PyObject* const out = run(s, map.data);
+  Py_DECREF(held);
+  Py_DECREF(x);
+  return out;
+}
+
+int traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(Py_TYPE(self));
+  Py_VISIT(reinterpret_cast<BoundCall*>(self)->held);
+  return 0;
+}
+
+int clear(PyObject* self) {
+  Py_CLEAR(reinterpret_cast<BoundCall*>(self)->held);
+  return 0;
+}
+
+void dealloc(PyObject* self) {
+  PyTypeObject* const type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
+  clear(self);
+  delete reinterpret_cast<BoundCall*>(self)->state;
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMemberDef kMembers[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(BoundCall, call), READONLY, nullptr}, {}};
+PyType_Slot kSlots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse)},
+                        {Py_tp_clear, reinterpret_cast<void*>(clear)},
+                        {Py_tp_dealloc, reinterpret_cast<void*>(dealloc)},
+                        {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+                        {Py_tp_members, kMembers},
+                        {0, nullptr}};
+PyType_Spec kType = {"emo_kernels._C.BoundCall", sizeof(BoundCall), 0,
+                     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, kSlots};
+
+Memory memory_of(const State& s, PyObject* tensor) {
+  dlpack::Tensor t;
+  if (s.api->look_at(tensor, &t) != 0) throw py::error_already_set();
+  return {t.data, t.dtype, {t.shape, t.shape + t.dims}, {t.strides, t.strides + t.dims}};
+}
+
+Place place_of(const py::handle& pair) {
+  const auto dict = pair.cast<py::tuple>()[0], key = pair.cast<py::tuple>()[1];
+  if (!PyDict_Check(dict.ptr())) throw std::invalid_argument("bind_call: a place is in no dict");
+  Place place{dict.ptr(), key.ptr(), nullptr};
+  place.expected = PyDict_GetItemWithError(place.dict, place.key);
+  return place;
+}
+
+const dlpack::ExchangeApi* exchange_api(const py::object& capsule) {
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(
+      PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
+  if (api == nullptr) throw py::error_already_set();
+  if (api->version.major != 1 || api->look_at == nullptr || api->import_tensor == nullptr) {
+    throw std::invalid_argument("bind_call: this torch does not show its tensors' memory");
+  }
+  return api;
+}
+
+int64_t bytes_of(const Memory& m) {
+  int64_t bytes = m.dtype.bits / 8;
+  for (const int64_t size : m.shape) bytes *= size;
+  return bytes;
+}
+
+PyTypeObject* g_type = nullptr;
+
+// See _C.pyi for the arguments.
+py::object bind_call(const Prepared& kernel, const py::object& api, const py::object& x,
+                     const std::vector<int64_t>& map_strides, const py::object& layout,
+                     const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                     const py::list& places, const py::list& empty, const py::list& weights,
+                     const py::list& flags, const py::tuple& tools) {
+  State s{};
+  s.api = exchange_api(api);
+  s.tensor_type = Py_TYPE(x.ptr());
+  s.kernel = kernel;
+  s.map = memory_of(s, x.ptr());
+  s.map.strides = map_strides;
+  s.result = {nullptr, s.map.dtype, shape, strides};
+  s.result_bytes = bytes_of(s.result);
+  if (shape.size() > 4 || strides.size() != shape.size() ||
+      map_strides.size() != s.map.shape.size())
+    throw std::invalid_argument("bind_call: shapes and strides do not match");
+  const py::tuple names = py::make_tuple("memory_format");
+  py::list values;  // what the places hold
+  for (const py::handle pair : places) s.places.push_back(place_of(pair));
+  for (const py::handle dict : empty) s.empty.push_back(dict.ptr());
+  for (const py::handle pair : weights) {
+    const Place place = place_of(pair);
+    if (place.expected == nullptr) throw std::invalid_argument("bind_call: a weight is missing");
+    s.weights.push_back({place, memory_of(s, place.expected)});
+    values.append(py::handle(place.expected));
+  }
+  for (const Place& place : s.places) {
+    if (place.expected != nullptr) values.append(py::handle(place.expected));
+  }
+  for (const py::handle flag : flags) {
+    const auto row = flag.cast<py::tuple>();
+    PyObject* const argument = row[1].is_none() ? nullptr : row[1].ptr();
+    s.flags.push_back({row[0].ptr(), argument, row[2].ptr()});
+  }
+  s.is_negative = tools[0].ptr();
+  s.num_threads = tools[1].ptr();
+  s.to_layout = tools[2].ptr();
+  s.layout_names = names.ptr();
+  s.layout = layout.ptr();
+  // Copies: the caller may change its lists, the objects in them stay.
+  py::tuple held =
+      py::make_tuple(api, py::type::of(x), layout, names, tools, values, py::tuple(places),
+                     py::tuple(empty), py::tuple(weights), py::tuple(flags));
+  auto* const bound = PyObject_GC_New(BoundCall, g_type);
+  if (bound == nullptr) throw py::error_already_set();
+  bound->call = call_bound;
+  bound->held = held.release().ptr();
+  bound->state = new State(std::move(s));
+  PyObject_GC_Track(bound);
+  return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(bound));
+}
+
+}  // namespace
+
+void add_bound_call(py::module_& m) {
+  g_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&kType));
+  if (g_type == nullptr) throw py::error_already_set();
+  py::class_<Prepared>(m, "Prepared")
+      .def(py::init([] { return Prepared{[](const void*, void*, int) {}}; }))
+      .def("__call__", [](const Prepared& kernel, uintptr_t x, uintptr_t out, int threads) {
+        const py::gil_scoped_release unlocked;
+        kernel.run(reinterpret_cast<const void*>(x), reinterpret_cast<void*>(out), threads);
+      });
+  m.def("bind_call", &bind_call, py::arg("kernel"), py::arg("api"), py::arg("x"),
+        py::arg("map_strides"), py::arg("layout"), py::arg("shape"), py::arg("strides"),
+        py::arg("places"), py::arg("empty"), py::arg("weights"), py::arg("flags"),
+        py::arg("tools"));
+}
+
+}  // namespace emo_kernels::python
