@@ -40,8 +40,7 @@ lint: $(STAMPS)/package
 	  | xargs $(if $(strip $(VENV)),$(VENV)/bin/)clang-format --dry-run --Werror
 
 bench: $(STAMPS)/package $(STAMPS)/peers
-	$(PY) bench/bench_irmb.py
-	$(PY) bench/bench_models.py emo_5m emo_1m
+	$(PY) bench/bench_cpu.py
 
 $(STAMPS)/dependencies: pyproject.toml
 ifneq ($(strip $(VENV)),)

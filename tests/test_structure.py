@@ -24,7 +24,7 @@ LAYERS = (
     ("ops",),
     ("nn",),
     ("structure", "link", "train_block", "integrations", "models", "explain", "accelerate"),
-    ("cli", "__main__", "__init__"),
+    ("measure", "cli", "__main__", "__init__"),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 BACKENDS = LAYERS[1]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.digits import Digits
 from emo_kernels.cli.progress import Progress
-from emo_kernels.cli.timing import seconds_of
 from emo_kernels.cli.training import Recipe, Trainer
+from emo_kernels.measure.timing import seconds_of
 from emo_kernels.models import create_model
 
 # Both kinds of block in every combination with stride, at a size that two slow cores train in a

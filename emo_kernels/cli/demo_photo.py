@@ -13,10 +13,10 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from emo_kernels.cli.images import centre_crop, normalized, open_photo, random_crop
-from emo_kernels.cli.memory import peak_megabytes
 from emo_kernels.cli.pairs import VARIANTS, Pair, build_pair, compare_pair, variants
 from emo_kernels.cli.progress import Progress
-from emo_kernels.cli.timing import interleaved
+from emo_kernels.measure.memory import peak_megabytes
+from emo_kernels.measure.timing import Timing, take_turns
 
 MODEL = "emo_5m"
 _LONGEST_SIDE = 1280  # a photo larger than this is scaled down: eager needs gigabytes beyond
@@ -87,13 +87,17 @@ def _measure(pair: Pair, x: Tensor, seconds: float, min_rounds: int) -> dict[str
     height, width = x.shape[-2:]
     agreement = compare_pair(pair, x)
     with torch.inference_mode():
-        timings = interleaved(
-            variants(pair, x),
+        calls = variants(pair, x)
+        for call in calls.values():
+            call()  # warm-up: packing, caches
+        taken = take_turns(
+            calls,
             seconds=seconds,
             device=x.device,
             label=f"time {width} x {height}",
             min_rounds=min_rounds,
         )
+    timings = {name: Timing.of(seconds) for name, seconds in taken.items()}
     plain = min(t.median for name, t in timings.items() if name != "accelerated")
     return {
         "height": height,

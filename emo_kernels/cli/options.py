@@ -75,6 +75,14 @@ def input_shape(size: Sequence[int], batch: int = 1) -> tuple[int, int, int, int
     return batch, channels, size[-1 if len(size) == 1 else -2], size[-1]
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """(height, width) of ``224`` or ``800x1344``."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"--size must be like 224 or 800x1344, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
 def use_runtime(args: argparse.Namespace) -> torch.device:
     """Set the thread count, check the device, and return it."""
     if args.threads is not None:

@@ -46,6 +46,12 @@ class Progress:
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
             print(f"{self.label}: {self.done}/{self.total} {self._note}".rstrip(), file=sys.stderr)
 
+    def expect(self, total: int) -> None:
+        """There turn out to be so many units in all."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def say(self, line: str) -> None:
         """Print a whole line above the bar."""
         if self._bar is not None:

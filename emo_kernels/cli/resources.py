@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from emo_kernels.accelerate import find_blocks
-from emo_kernels.cli.options import input_shape, print_json, settings
+from emo_kernels.cli.options import image_size, print_json, settings
 from emo_kernels.cli.progress import Progress
 from emo_kernels.explain import format_table
+from emo_kernels.measure.case import DTYPES
 from emo_kernels.models import create_model
 from emo_kernels.ops.irmb_step import Plan
 from emo_kernels.ops.irmb_training import irmb_training
 from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights
 from emo_kernels.structure import Reading
 from emo_kernels.triton import resources
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Layer(NamedTuple):
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--arch must be of {known}, got {unknown[0]}")
     layers = [(name, layer) for name in args.models for layer in _layers(name, args)]
     rows = []
-    dtype, mode = DTYPES[args.dtype], BatchNormMode(not args.frozen)
+    dtype, mode = DTYPES[(args.dtype or ["bf16"])[0]], BatchNormMode(not args.frozen)
     with Progress("compile", len(layers) * len(args.arch), unit="block") as progress:
         for arch in args.arch:
             for name, layer in layers:
@@ -59,9 +58,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _layers(name: str, args: argparse.Namespace) -> list[Layer]:
-    shape = input_shape(args.size, args.batch[0])
+    fields = settings(args)
+    shape = (args.batch[0], fields.get("in_chans", 3), *image_size(args.size[0]))
     with torch.device("meta"):
-        layers = list(distinct_layers(name, settings(args), shape))
+        layers = list(distinct_layers(name, fields, shape))
     paths = [layer.path for layer in layers]
     absent = [path for path in args.blocks or () if path not in paths]
     if absent:

@@ -1,10 +1,10 @@
-"""Peak memory of a forward pass, measured in a process of its own.
+"""Peak memory of a forward pass or a training step, measured in a process of its own.
 
-``python -m emo_kernels.cli.memory REQUEST`` loads a model, runs it and prints megabytes as JSON. On
-Linux the kernel's high-water mark of resident memory is reset after loading, so the number is what
-the forward pass itself adds: feature maps, packed weights, scratch. Elsewhere it is the peak of the
-whole process above what was resident before, which loading may hide. On a GPU it is torch's
-allocator's peak.
+``python -m emo_kernels.measure.memory REQUEST`` loads a model, runs it and prints megabytes as
+JSON. On Linux the kernel's high-water mark of resident memory is reset after loading, so the number
+is what the call itself adds: feature maps, packed weights, scratch, and gradients in training.
+Elsewhere it is the peak of the whole process above what was resident before, which loading may
+hide. On a GPU it is torch's allocator's peak.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from emo_kernels.cli.pairs import forward_of
 from emo_kernels.models import create_model
@@ -39,8 +40,9 @@ def peak_megabytes(
     *,
     variant: str,
     backend: str | None,
+    training: bool = False,
 ) -> tuple[list[float], str]:
-    """Peak megabytes that a forward pass adds, one for each input, and how they were measured.
+    """Peak megabytes that a call adds, one for each input, and how they were measured.
 
     Args:
         model: the plain model, for its weights.
@@ -48,6 +50,7 @@ def peak_megabytes(
         inputs: (N, C, H, W) each; run from the smallest to the largest.
         variant: one of :data:`emo_kernels.cli.pairs.VARIANTS`.
         backend: of the accelerated variant.
+        training: a step, forward and backward, instead of a forward pass.
     """
     order = sorted(range(len(inputs)), key=lambda i: inputs[i].numel())
     request = {
@@ -57,6 +60,7 @@ def peak_megabytes(
         "inputs": [inputs[i] for i in order],
         "variant": variant,
         "backend": backend,
+        "training": training,
         "threads": torch.get_num_threads(),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -104,33 +108,59 @@ def _reset_peak() -> bool:
     return True
 
 
-@torch.inference_mode()
 def _measure(path: str) -> dict[str, Any]:
     request = torch.load(path, weights_only=True)
     torch.set_num_threads(request["threads"])
-    model = create_model(request["name"], **request["settings"]).eval()
-    model.load_state_dict(request["state"])
-    device = request["inputs"][0].device
-    model.to(device)
-    model(request["inputs"][0][..., :32, :32])  # libraries load and set themselves up
-    peak: Callable[[], float]
-    if device.type == "cuda":
-        method = "peak of torch's CUDA allocator above the loaded model"
-        before, peak = torch.cuda.memory_allocated(device) / 2**20, _cuda_peak
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        method = "high-water mark of resident memory above the loaded model, in a child process"
-        _return_free_memory()
-        if not _reset_peak():
-            method = "peak resident memory of a child process (ru_maxrss) above the loaded model"
-        before, peak = _resident()[0], lambda: _resident()[1]
-    call = forward_of(request["variant"], model, request["backend"])
-    peaks = []
-    for x in request["inputs"]:
-        for _ in range(2):
-            call(x)
-        peaks.append(peak() - before)
+    model, inputs = _model_and_inputs(request)
+    with torch.inference_mode(not request["training"]):
+        warm_up = _call_of("plain", model, request)
+        warm_up(inputs[0][..., :32, :32])  # libraries load and set themselves up
+        model.zero_grad(set_to_none=True)
+        peak: Callable[[], float]
+        if inputs[0].device.type == "cuda":
+            method = "peak of torch's CUDA allocator above the loaded model"
+            before, peak = torch.cuda.memory_allocated(inputs[0].device) / 2**20, _cuda_peak
+            torch.cuda.reset_peak_memory_stats(inputs[0].device)
+        else:
+            method = "high-water mark of resident memory above the loaded model, in a child process"
+            _return_free_memory()
+            if not _reset_peak():
+                method = (
+                    "peak resident memory of a child process (ru_maxrss) above the loaded model"
+                )
+            before, peak = _resident()[0], lambda: _resident()[1]
+        call = _call_of(request["variant"], model, request)
+        peaks = []
+        for x in inputs:
+            for _ in range(2):
+                call(x)
+            peaks.append(peak() - before)
     return {"peaks": peaks, "method": method}
+
+
+def _model_and_inputs(request: dict[str, Any]) -> tuple[nn.Module, list[Tensor]]:
+    inputs: list[Tensor] = request["inputs"]
+    model = create_model(request["name"], **request["settings"]).train(request["training"])
+    model.load_state_dict(request["state"])
+    model.to(inputs[0].device, inputs[0].dtype)
+    if request["training"] and request["variant"] == "accelerated":  # the layout it is timed in
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    return model, inputs
+
+
+def _call_of(variant: str, model: nn.Module, request: dict[str, Any]) -> Callable[[Tensor], object]:
+    """The forward pass of a variant, or its training step."""
+    forward = forward_of(variant, model, request["backend"])
+    if not request["training"]:
+        return forward
+
+    def step(x: Tensor) -> None:
+        model.zero_grad(set_to_none=True)
+        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        cross_entropy(forward(x), labels).backward()
+
+    return step
 
 
 if __name__ == "__main__":

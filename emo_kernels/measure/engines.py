@@ -1,0 +1,244 @@
+"""Who takes part: the same module, weights and input in every engine.
+
+An engine is a call without arguments that returns the result: the output in inference, the loss in
+training, whose gradients are then in the parameters of its module. One that is not installed, does
+not apply or fails to build is absent, with its reason; it is never left out in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from emo_kernels.accelerate import accelerate
+from emo_kernels.explain import explain
+from emo_kernels.measure.case import Work
+
+OURS = "emo_kernels"
+# Engines that no environment variable of isa_environment() limits.
+UNLIMITED = ("onnxruntime",)
+
+
+@dataclass
+class Engine:
+    """One that takes part: its call, and the module that holds its gradients in training."""
+
+    call: Callable[[], Tensor]
+    module: nn.Module | None = None
+    note: str = ""
+
+
+@dataclass
+class Engines:
+    """What takes part in one comparison, and why what does not does not."""
+
+    run: dict[str, Engine] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+def isa_environment(isa: str) -> dict[str, str]:
+    """Environment variables that keep engines to an instruction set, read when a process starts.
+
+    ``EMO_KERNELS_ISA`` is ours; torch's own kernels and the compiler behind ``torch.compile`` read
+    ``ATEN_CPU_CAPABILITY``; oneDNN, inside torch and OpenVINO, ``ONEDNN_MAX_CPU_ISA``; MKL
+    ``MKL_ENABLE_INSTRUCTIONS``. ONNX Runtime has no such switch.
+    """
+    if not isa:
+        return {}
+    return {
+        "EMO_KERNELS_ISA": isa,
+        "ATEN_CPU_CAPABILITY": isa,
+        "ONEDNN_MAX_CPU_ISA": isa.upper(),
+        "MKL_ENABLE_INSTRUCTIONS": isa.upper(),
+    }
+
+
+def build_engines(
+    work: Work,
+    peers: Iterable[str],
+    *,
+    backend: str | None = None,
+    on_build: Callable[[str], None] = lambda name: None,
+) -> Engines:
+    """Ours and ``peers``, each of :func:`peer_names`, ready to run; ``on_build`` hears of each."""
+    case, engines = work.case, Engines()
+    torch.set_num_threads(case.threads)
+    for name in (OURS, *peers):
+        on_build(name)
+        reason = _does_not_apply(name, case.mode, case.device)
+        if reason is not None:
+            engines.absent[name] = reason
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                engine = _ours(work, backend) if name == OURS else _BUILDERS[name](work)
+                engine.call()
+            engines.run[name] = engine
+        except ImportError as error:
+            engines.absent[name] = f"not installed: {error}"
+        except Exception as error:  # an engine that fails is reported, not fatal
+            engines.absent[name] = short(error)
+    return engines
+
+
+def short(error: BaseException) -> str:
+    """The kind of an error and the first line that says something."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}".rstrip(": ")
+
+
+def peer_names() -> tuple[str, ...]:
+    """Every engine but ours."""
+    return tuple(_BUILDERS)
+
+
+def check_peers(names: Iterable[str]) -> tuple[str, ...]:
+    """The peers that ``--peers`` asks for.
+
+    Raises:
+        ValueError: there is no such peer; close matches are named.
+    """
+    chosen = tuple(names)
+    if "all" in chosen:
+        return peer_names()
+    for name in chosen:
+        if name not in _BUILDERS:
+            near = difflib.get_close_matches(name, _BUILDERS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            known = ", ".join(("all", *_BUILDERS))
+            raise ValueError(f"bench: --peers must be of {known}, got {name!r}{hint}")
+    return chosen
+
+
+def _does_not_apply(name: str, mode: str, device: str) -> str | None:
+    if name in ("onnxruntime", "openvino"):
+        if mode != "infer":
+            return "inference only"
+        if device != "cpu":
+            return "compared on the CPU only"
+    return None
+
+
+# ------------------------------------------------------------------------------ engines of PyTorch
+
+
+def _ours(work: Work, backend: str | None) -> Engine:
+    module = accelerate(_channels_last(work), backend=backend, strict=work.case.mode == "infer")
+    x = work.x.contiguous(memory_format=torch.channels_last)
+    training = work.case.mode == "train"
+    engine = _torch_engine(work, module, x)
+    engine.call()
+    rows = explain(module, None if work.case.block else x).rows
+    chosen = [row.training if training else row.inference for row in rows]
+    reasons = [row.training_reasons if training else row.reasons for row in rows]
+    if all(name == "reference" for name in chosen):
+        raise NotImplementedError(next(iter(reasons[0].values()), "no kernel runs its blocks"))
+    runs = sorted(set(chosen), key=chosen.count, reverse=True)
+    engine.note = ", ".join(f"{name} runs {chosen.count(name)} of {len(rows)}" for name in runs)
+    return engine
+
+
+def _channels_last(work: Work) -> nn.Module:
+    return work.copy().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _torch_engine(
+    work: Work, module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None
+) -> Engine:
+    """A call of ``forward``, or of the module: inference, or a step without the optimizer's."""
+    forward = module if forward is None else forward
+
+    def infer() -> Tensor:
+        with torch.inference_mode():
+            return forward(x)
+
+    def step() -> Tensor:
+        module.zero_grad(set_to_none=True)
+        loss = work.loss(forward(x))
+        loss.backward()
+        return loss.detach()
+
+    return Engine(step if work.case.mode == "train" else infer, module)
+
+
+def _eager(work: Work) -> Engine:
+    return _torch_engine(work, work.copy(), work.x.contiguous())
+
+
+def _eager_channels_last(work: Work) -> Engine:
+    x = work.x.contiguous(memory_format=torch.channels_last)
+    return _torch_engine(work, _channels_last(work), x)
+
+
+def _compile(work: Work) -> Engine:
+    """Frozen in inference: the weights become constants of the compiled program."""
+    import torch._inductor.config as inductor
+
+    module, x = _channels_last(work), work.x.contiguous(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    inference = work.case.mode == "infer"
+    inductor.freezing = inference and work.case.device == "cpu"
+    inductor.cpp.threads = work.case.threads  # it is compiled in, and part of the cache's key
+    mode = "max-autotune" if work.case.device != "cpu" else None
+    compiled = torch.compile(module, dynamic=False, mode=mode)
+    if not inference:
+        return _torch_engine(work, module, x, compiled)
+
+    def run() -> Tensor:
+        with torch.no_grad():  # freezing does not take inference mode
+            return compiled(x)
+
+    return Engine(run, module)
+
+
+# ------------------------------------------------------------------------------------ other engines
+
+
+def _onnxruntime(work: Work) -> Engine:
+    import onnxruntime
+
+    if work.x.dtype != torch.float32:
+        raise NotImplementedError("compared in fp32: its CPU provider has no bf16 convolution")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = work.case.threads
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(work.onnx, options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: work.x.contiguous().numpy()}
+    return Engine(lambda: torch.from_numpy(session.run(None, feed)[0]))
+
+
+def _openvino(work: Work) -> Engine:
+    os.environ.setdefault("OPENVINO_TELEMETRY_ENABLE", "0")
+    import openvino
+
+    model = openvino.Core().read_model(io.BytesIO(work.onnx))
+    settings = {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f16"}.get(work.case.dtype, "bf16"),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": work.case.threads,
+    }
+    request = openvino.compile_model(model, "CPU", settings).create_infer_request()
+    array = work.x.float().contiguous().numpy()
+
+    def run() -> Tensor:
+        result = request.infer({0: array}, share_inputs=True, share_outputs=True)
+        return torch.from_numpy(result[0])
+
+    return Engine(run)
+
+
+_BUILDERS: dict[str, Callable[[Work], Engine]] = {
+    "eager": _eager,
+    "eager channels_last": _eager_channels_last,
+    "compile": _compile,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+}

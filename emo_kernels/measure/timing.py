@@ -1,0 +1,136 @@
+"""Fair timing: engines take turns in one process, and a median with its spread is reported."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from emo_kernels.cli.progress import Progress
+
+_TURN = 0.04  # seconds: a shorter call is repeated within a turn
+_LONG = 0.25  # seconds: a call this long needs no uncounted one in front of it
+Clock = Callable[[], float]
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one engine over all rounds; ``low`` to ``high`` holds the median, 95 %."""
+
+    median: float
+    p10: float
+    p90: float
+    low: float
+    high: float
+    rounds: int
+
+    @staticmethod
+    def of(seconds: list[float]) -> Timing:
+        """Summary of the seconds of each round."""
+        ms = sorted(1e3 * s for s in seconds)
+        last = len(ms) - 1
+        low, high = median_interval(ms)
+        return Timing(
+            median=statistics.median(ms),
+            p10=ms[round(0.1 * last)],
+            p90=ms[round(0.9 * last)],
+            low=low,
+            high=high,
+            rounds=len(ms),
+        )
+
+
+def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
+    """The order statistics between which the true median lies, whatever the distribution.
+
+    With fewer than six values no two of them are that sure: then the smallest and the largest.
+    """
+    ordered, n = sorted(values), len(values)
+    outside, tail, probability = (1 - confidence) / 2, 0.0, 0.5**n
+    cut = 0
+    for k in range(n // 2):  # the chance that at most k values are below the median
+        tail += probability
+        if tail > outside:
+            break
+        cut = k
+        probability *= (n - k) / (k + 1)
+    return ordered[cut], ordered[n - 1 - cut]
+
+
+def seconds_of(
+    call: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter
+) -> float:
+    """Wall time of one call, waiting for the GPU where there is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = clock()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - start
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float,
+    device: torch.device | None = None,
+    label: str = "timing",
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    pause: float = 0.02,
+    clock: Clock = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of every engine in every round, A B C A B C …, so that a busy moment hits all alike.
+
+    Each turn begins with a pause, for the threads of the engine before (which spin for a while) to
+    go to sleep, and with a call that is not counted, for caches to fill; then short calls are
+    repeated, and their median is the round's. Ctrl-C ends the last round: what is there is
+    returned.
+
+    Args:
+        calls: name -> call without arguments, warmed up.
+        seconds: about how long all rounds together may take.
+        device: where the calls run.
+        label: for the progress bar.
+        min_rounds, max_rounds: limits on the number of rounds; past twice ``seconds``, three do.
+        pause: seconds.
+        clock: seconds that pass.
+    """
+    device = device or torch.device("cpu")
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    start, rounds = clock(), 0
+    with Progress(label, max_rounds, unit="round") as progress:
+        while rounds < max_rounds:
+            used = clock() - start
+            if used >= seconds and (rounds >= min_rounds or (used >= 2 * seconds and rounds >= 3)):
+                break
+            try:
+                turns = {name: _turn(call, device, pause, clock) for name, call in calls.items()}
+            except KeyboardInterrupt:
+                if not rounds:
+                    raise
+                break
+            for name, turn in turns.items():
+                taken[name].append(turn)
+            rounds += 1
+            if rounds == 1:
+                progress.expect(_rounds_within(seconds, clock() - start, min_rounds, max_rounds))
+            progress.advance()
+    return taken
+
+
+def _rounds_within(seconds: float, first: float, fewest: int, most: int) -> int:
+    return min(max(fewest, round(seconds / max(first, 1e-9))), most)
+
+
+def _turn(call: Callable[[], object], device: torch.device, pause: float, clock: Clock) -> float:
+    """Seconds of a call in this round."""
+    time.sleep(pause)
+    first = seconds_of(call, device, clock)
+    if first >= _LONG:
+        return first
+    count = max(2, min(25, int(_TURN / max(first, 1e-6))))
+    return statistics.median(seconds_of(call, device, clock) for _ in range(count))

@@ -1,0 +1,454 @@
+"""What measures: intervals by hand, fake clocks, tiny models, resuming, tables, pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emo_kernels.measure import charts, engines, noise, oracle, report, results, row, tables, timing
+from emo_kernels.measure.case import Case, Work
+from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.limits import better, matmul_gflops, stream_gigabytes
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.append(str(BENCH))
+
+import bench_cpu  # noqa: E402
+import readme  # noqa: E402
+
+TINY = Case(
+    "emo_1m",
+    batch=2,
+    size=(64, 64),
+    settings=(
+        ("depths", (1, 1, 2, 1)),
+        ("dims", (16, 24, 40, 42)),
+        ("dim_heads", (8, 8, 20, 21)),
+        ("stem_dim", 8),
+    ),
+)
+
+
+def made_up(case: Case, ours: float = 10.0, peer: float = 20.0, **more: Any) -> row.Row:
+    """A row as ``measure`` gives it, with times that were never measured."""
+    times = {OURS: ours, "eager": 3 * peer, "openvino": peer}
+    entries = {
+        name: {**timing.Timing.of([t / 1e3] * 6)._asdict(), "samples": [t] * 6, "match": True}
+        for name, t in times.items()
+    }
+    found = {
+        "name": case.name,
+        "case": asdict(case),
+        "status": "ok",
+        "engines": entries,
+        "absent": {"onnxruntime": "not installed"},
+        "gflop": 2.0,
+        "parameters": 5_000_000,
+        "bytes": 4_000_000,
+        "limits": {
+            "matmul_gflops": {"fp32": 400.0, "bf16": 800.0},
+            "stream_gigabytes": {"copy": 20.0, "triad": 25.0},
+        },
+        "noise": {"load": 1.0, "other_cores": 0.0, "stolen": 0.0},
+        "commit": "1234567",
+        "wall_seconds": 1.0,
+    }
+    return found | row._summary(found, case) | more
+
+
+# ------------------------------------------------------------------------------------------ timing
+
+
+class Clock:
+    """Seconds that pass only where a call says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, *seconds: float) -> Any:
+        """A call that takes these times in turn, the last for ever."""
+        left = list(seconds)
+
+        def call() -> None:
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return call
+
+
+def test_median_interval_by_hand() -> None:
+    """Binomial(n, 1/2): 6 values are sure to 96.9 %; of 20 the 6th and the 15th hold 95.9 %."""
+    assert timing.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert timing.median_interval([1.0] * 1) == (1.0, 1.0)
+    assert timing.median_interval([float(i) for i in range(6)]) == (0.0, 5.0)
+    assert timing.median_interval([float(i) for i in range(1, 21)]) == (6.0, 15.0)
+    assert timing.median_interval([float(i) for i in range(1, 101)]) == (40.0, 61.0)
+
+
+def test_turns_count_no_first_call_of_short_ones() -> None:
+    clock = Clock()
+    calls = {"short": clock.takes(0.1, 0.01, 0.02, 0.03, 0.02), "long": clock.takes(1.0)}
+    taken = timing.take_turns(calls, seconds=2.5, pause=0.0, min_rounds=1, clock=clock)
+    assert taken["long"] == pytest.approx([1.0, 1.0, 1.0])
+    # 0.1 is not counted, then 0.01 and 0.02; 0.03 is not, then 0.02 twice
+    assert taken["short"] == pytest.approx([0.015, 0.02, 0.02])
+
+
+def test_turns_end_in_time_and_have_their_rounds() -> None:
+    clock = Clock()
+    taken = timing.take_turns({"a": clock.takes(1.0)}, seconds=0.1, pause=0.0, clock=clock)
+    assert len(taken["a"]) == 3  # past twice the time three rounds are enough
+    clock = Clock()
+    taken = timing.take_turns({"a": clock.takes(1.0)}, seconds=3.5, pause=0.0, clock=clock)
+    assert len(taken["a"]) == 5
+    clock = Clock()
+    taken = timing.take_turns(
+        {"a": clock.takes(0.3)}, seconds=1e9, pause=0.0, max_rounds=7, clock=clock
+    )
+    assert len(taken["a"]) == 7
+
+
+def test_ctrl_c_keeps_the_whole_rounds() -> None:
+    clock, left = Clock(), [0, 0, 0]
+
+    def interrupted() -> None:
+        clock.now += 1.0
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+
+    calls = {"a": clock.takes(1.0), "b": interrupted}
+    taken = timing.take_turns(calls, seconds=1e9, pause=0.0, clock=clock)
+    assert {name: len(times) for name, times in taken.items()} == {"a": 3, "b": 3}
+    with pytest.raises(KeyboardInterrupt):
+        timing.take_turns({"b": interrupted}, seconds=1.0, pause=0.0, clock=clock)
+
+
+def test_noise_sees_this_process_and_complains_of_others() -> None:
+    started = noise.Noise()
+    end = time.monotonic() + 0.2
+    while time.monotonic() < end:
+        pass
+    report = started.report()
+    assert report["load"] >= 0
+    calm = {"load": 0.0, "other_cores": 0.0, "stolen": 0.0}
+    assert noise.complaints(calm, {OURS: 1.1}) == []
+    assert len(noise.complaints({**calm, "other_cores": 0.5, "stolen": 0.1}, {OURS: 1.5})) == 3
+    assert noise.complaints({**calm, "other_cores": None, "stolen": None}, {}) == []
+
+
+def test_limits_are_rates() -> None:
+    assert matmul_gflops(torch.float32, tries=1, side=64) > 0.01
+    assert all(rate > 0.01 for rate in stream_gigabytes(tries=1, numbers=4096).values())
+    assert better({"a": {"b": 1}, "c": 3}, {"a": {"b": 2}, "c": 1}) == {"a": {"b": 2}, "c": 3}
+
+
+# -------------------------------------------------------------------------------- real rows, tiny
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Limits that take no time; the oracles in a directory of their own."""
+    limits = made_up(TINY)["limits"]
+    monkeypatch.setattr(row, "machine_limits", lambda: limits)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def tiny_row(case: Case, *peers: str) -> row.Row:
+    return row.measure(case, peers=peers, seconds=0.01)
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_a_row_compares_and_times(mode: str, quick: Path) -> None:
+    found = tiny_row(replace(TINY, mode=mode), "eager", "eager channels_last")
+    assert found["status"] == "ok", found
+    assert set(found["engines"]) == {OURS, "eager", "eager channels_last"}
+    assert all(engine["match"] for engine in found["engines"].values())
+    assert "cpu runs 6 of 6" in found["engines"][OURS]["note"]
+    best = found["engines"][found["best_peer"]]["median"]
+    assert found["ratio"] == pytest.approx(best / found["engines"][OURS]["median"])
+    assert found["ratio_low"] <= found["ratio_high"]
+    assert 0 < results.share_of_limit(found) < 2  # type: ignore[operator]
+    assert len(list(quick.rglob("oracle-*.pt"))) == 1
+    json.dumps(found)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def wrong(work: Work, backend: str | None) -> engines.Engine:
+        out = work.module(work.x) * 1.001
+        return engines.Engine(lambda: out.detach(), work.module)
+
+    monkeypatch.setattr(engines, "_ours", wrong)
+    found = tiny_row(TINY, "eager")
+    assert found["status"] == "mismatch"
+    assert "ratio" not in found
+    assert "median" not in found["engines"][OURS]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_wrong_gradient_is_found() -> None:
+    work = Work(replace(TINY, mode="train"))
+    built = engines.build_engines(work, ["eager"])
+    ours, right = built.run[OURS], built.run[OURS].call
+    assert oracle.judge(work, built)[OURS]["match"]
+
+    def wrong() -> torch.Tensor:
+        loss = right()
+        assert ours.module is not None
+        weight = next(p for n, p in ours.module.named_parameters() if "proj" in n)
+        assert weight.grad is not None
+        weight.grad.mul_(1.001)
+        return loss
+
+    ours.call = wrong
+    verdict = oracle.judge(work, built)[OURS]
+    assert not verdict["match"]
+    assert "proj" in str(verdict["gradient"])
+
+
+def test_engines_that_fail_are_absent_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(work: Work) -> engines.Engine:
+        raise RuntimeError("\nno such instruction\nmore")
+
+    def missing(work: Work) -> engines.Engine:
+        raise ModuleNotFoundError("No module named 'openvino'")
+
+    monkeypatch.setitem(engines._BUILDERS, "eager", fails)
+    monkeypatch.setitem(engines._BUILDERS, "openvino", missing)
+    absent = engines.build_engines(Work(TINY), ["eager", "openvino"]).absent
+    assert absent["eager"] == "RuntimeError: no such instruction"
+    assert absent["openvino"].startswith("not installed: No module")
+    training = engines.build_engines(Work(replace(TINY, mode="train")), ["openvino"])
+    assert training.absent == {"openvino": "inference only"}
+    with pytest.raises(ValueError, match="got 'openvin'; did you mean 'openvino'"):
+        engines.check_peers(["openvin"])
+    assert engines.check_peers(["all"]) == engines.peer_names()
+
+
+def test_one_block_is_measured_alone() -> None:
+    work = Work(replace(TINY, block="stage3.1"))
+    assert work.x.shape == (2, 40, 4, 4)
+    convolutions = [m for m in work.module.modules() if isinstance(m, torch.nn.Conv2d)]
+    macs = 2 * 16 * sum(m.weight.numel() for m in convolutions)
+    assert macs < work.gflop / 2e-9 < 3 * macs  # attention in padded windows is the rest
+    assert work.least_bytes == 4 * (2 * 2 * 40 * 16 + work.parameters)
+    with pytest.raises(ValueError, match="no block 'stage9.1'"):
+        Work(replace(TINY, block="stage9.1"))
+
+
+def test_work_is_rounded_once() -> None:
+    """Engines that take fp32 get the weights that a bf16 engine has."""
+    work = Work(replace(TINY, dtype="bf16"))
+    assert work.x.dtype == torch.bfloat16
+    for p, q in zip(work.module.parameters(), work.copy(torch.float32).parameters(), strict=True):
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(p.float(), q)
+
+
+def test_a_case_survives_json() -> None:
+    case = replace(TINY, isa="avx2", size=(64, 96), block="stage3.1")
+    assert Case.of(json.loads(json.dumps(asdict(case)))) == case
+    assert "emo_1m/stage3.1 fp32 b2 64x96 1thr" in case.name
+    assert case.name.endswith("avx2")
+
+
+@pytest.mark.slow  # starts Python twice
+def test_a_row_in_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = row.measure_in_child(replace(TINY, isa="avx2"), peers=["eager"], seconds=0.01)
+    assert found["status"] == "ok", found
+    late = row.measure_in_child(TINY, peers=["eager"], seconds=0.01, limit=0.1)
+    assert (late["status"], late["error"]) == ("failed", "took more than 0 s")
+    bad = row.measure_in_child(replace(TINY, block="banana"), peers=[], seconds=0.01)
+    assert bad["status"] == "failed"
+    assert "no block 'banana'" in bad["error"]
+
+
+@pytest.mark.slow
+def test_memory_of_a_training_step() -> None:
+    """A child process for each; ours keeps less than eager does."""
+    found = row.measure(
+        replace(TINY, mode="memory", batch=16, size=(96, 96)), peers=["eager", "openvino"]
+    )
+    assert found["status"] == "ok", found
+    assert found["absent"] == {"openvino": "memory is compared with eager"}
+    assert 0.05 < found["memory_share"] < 1.0
+    assert tables.cells(found, [OURS])[1].endswith(" MB")
+
+
+# --------------------------------------------------------------------------------- files and tables
+
+
+def test_results_resume_and_replace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "commit", lambda: "1234567")
+    path = tmp_path / "out" / "cpu.json"
+    measured = []
+
+    def measure(case: Case, **options: Any) -> row.Row:
+        measured.append(case.name)
+        return made_up(case) | ({"interrupted": True} if len(measured) == 2 else {})
+
+    rows = [bench_cpu.Gate(replace(TINY, batch=b), 1.2, 3.0) for b in (1, 2, 3)]
+    options: dict[str, Any] = {"peers": [], "seconds": 1.0, "minutes": 1.0, "measure": measure}
+    found = bench_cpu.run(rows, results.Results(path), **options)
+    assert [r["case"]["batch"] for r in found] == [1, 2]  # Ctrl-C in the second
+    found = bench_cpu.run(rows, results.Results(path), **options)
+    assert [r["case"]["batch"] for r in found] == [1, 2, 3]
+    names = [r.case.name for r in rows]
+    assert measured == [names[0], names[1], names[1], names[2]]
+    assert [r["name"] for r in results.read(path)["rows"]] == names
+    bench_cpu.run(rows, results.Results(path), **options)
+    assert len(measured) == 4
+    bench_cpu.run(rows[:1], results.Results(path), redo=True, **options)
+    monkeypatch.setattr(results, "commit", lambda: "7654321")
+    bench_cpu.run(rows[:1], results.Results(path), **options)
+    assert len(measured) == 6
+
+
+def test_a_run_ends_in_time(tmp_path: Path) -> None:
+    clock = Clock()
+
+    def measure(case: Case, *, limit: float, **options: Any) -> row.Row:
+        clock.now += 40.0
+        return made_up(case)
+
+    rows = [bench_cpu.Gate(replace(TINY, batch=b)) for b in (1, 2, 3)]
+    found = bench_cpu.run(
+        rows,
+        results.Results(None),
+        peers=[],
+        seconds=1.0,
+        minutes=1.0,
+        measure=measure,
+        clock=clock,
+    )
+    assert len(found) == 2
+
+
+def test_rows_of_the_gates() -> None:
+    names = [gate.case.name for gate in bench_cpu.everything()]
+    assert len(set(names)) == len(names)
+    table = bench_cpu.gates(2)
+    assert sum(gate.gate == 1.7 for gate in table) == 4
+    assert {g.case.model for g in table if g.gate == 1.2} == {
+        "emo_1m",
+        "emo_2m",
+        "emo_5m",
+        "emo_6m",
+    }
+    picked = bench_cpu.chosen(["train emo_5m*", "memory*b8*"], table)
+    assert len(picked) == 4
+    with pytest.raises(ValueError, match="'banana' matches none"):
+        bench_cpu.chosen(["banana"], table)
+
+
+def test_files_that_are_no_results(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds no rows"):
+        results.read(tmp_path / "other.json")
+    with pytest.raises(FileNotFoundError, match="other.json"):
+        results.read(tmp_path / "nowhere.json")
+
+
+def test_slower_rows_are_named() -> None:
+    old = [made_up(TINY), made_up(replace(TINY, batch=3))]
+    new = [made_up(TINY, ours=10.4), made_up(replace(TINY, batch=3), ours=11.0)]
+    found = results.slower(new, old, 0.05)
+    assert len(found) == 1
+    assert "1.82x over the best peer, was 2.00x at 1234567 (-9 %)" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"gate": 1.2, "target": 1.4}, "target"),
+        ({"gate": 1.9, "target": 2.5}, "pass"),
+        ({"gate": 2.1, "target": 2.5}, "MISSED (gate 2.1)"),
+        ({"memory_share": 0.5, "gate": 0.6, "target": 0.4}, "pass"),
+        ({"memory_share": 0.7, "gate": 0.6, "target": 0.4}, "MISSED (gate 0.6)"),
+        ({"gate": None}, ""),
+        ({"status": "failed", "error": "took more than 9 s"}, "took more than 9 s"),
+        ({"status": "absent", "absent": {OURS: "no bf16 kernel"}}, "no bf16 kernel"),
+    ],
+)
+def test_verdicts(more: dict[str, Any], says: str) -> None:
+    assert tables.verdict(made_up(TINY, **more)) == says
+
+
+def test_tables_say_the_same() -> None:
+    rows = [made_up(TINY, gate=1.5, target=2.5), made_up(replace(TINY, mode="train"))]
+    assert results.share_of_limit(rows[0]) == pytest.approx(2.0 / 10 * 1e3 / 400)
+    shown = tables.text(rows)
+    assert "2.00× [2.00, 2.00]" in shown
+    assert "absent: ONNX Runtime in 2 rows: not installed" in shown
+    written = tables.markdown(rows).splitlines()
+    assert written[0].startswith("| case | emo_kernels | eager | OpenVINO | over the best |")
+    assert all(line.count("|") == written[0].count("|") for line in written)
+    lines = list(csv.DictReader(io.StringIO(tables.as_csv(rows))))
+    assert [line["engine"] for line in lines[:4]] == [OURS, "eager", "openvino", "onnxruntime"]
+    assert float(lines[0]["infer_samples_per_sec"]) == 200.0
+    assert float(lines[0]["infer_gmacs"]) == 0.5
+    assert lines[0]["train_step_time"] == ""
+    assert lines[3]["status"] == "absent: not installed"
+
+
+def test_pictures(tmp_path: Path) -> None:
+    rows = [made_up(replace(TINY, batch=b), ours=b) for b in (1, 2, 4)]
+    rows += [made_up(replace(TINY, size=(s, s))) for s in (96, 128)]
+    rows += [made_up(replace(TINY, block="stage3.1"))]
+    shares = {name: {"megabytes": mb} for name, mb in ((OURS, 40.0), ("eager", 100.0))}
+    memory = made_up(replace(TINY, mode="memory"))
+    rows.append(memory | {"engines": shares, "memory_share": 0.4})
+    rows.append(made_up(replace(TINY, dtype="bf16"), status="failed"))
+    drawn = charts.draw_all(rows, tmp_path / "cpu")
+    pictures = ("speed_up", "growth", "memory", "roofline")
+    assert [p.name for p in drawn] == [f"cpu_{n}.{f}" for n in pictures for f in ("png", "svg")]
+    assert all(path.stat().st_size > 4000 for path in drawn)
+    assert "stage3.1" in (tmp_path / "cpu_speed_up.svg").read_text()
+    assert charts.draw_all([], tmp_path / "none") == []
+
+
+def test_the_page_holds_everything(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    kept = results.Results(path)
+    kept.put(made_up(TINY, absent={"onnxruntime": "<none>"}))
+    written = report.write(path)
+    assert [p.name for p in written[:2]] == ["cpu_speed_up.png", "cpu_speed_up.svg"]
+    page = written[-1].read_text()
+    assert page.count("<svg") == 2  # and the roofline
+    assert "onnxruntime is absent: &lt;none&gt;" in page
+    assert str(torch.get_num_threads()) in page
+    assert 'src="' not in page
+    assert "<link" not in page
+
+
+# --------------------------------------------------------------------------------------- the README
+
+
+def test_readme_and_results_agree() -> None:
+    assert readme.main(["--check"]) == 0, "python bench/readme.py rewrites the README"
+
+
+def test_a_readme_that_was_typed_would_be_found(tmp_path: Path) -> None:
+    text = (readme.ROOT / "README.md").read_text()
+    sections = [readme.section(path) for path in sorted(readme.RESULTS.glob("cpu_*.json"))]
+    assert readme.rewritten(text, sections) == text
+    figure = sections[0].split("×")[0].split()[-1]
+    assert readme.rewritten(text.replace(f"{figure}×", "9.99×"), sections) == text
+    assert readme.rewritten(text, ["other"]) != text
+    with pytest.raises(SystemExit, match="marks"):
+        readme.rewritten("no marks", sections)
