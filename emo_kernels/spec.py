@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu")
 NORMS = ("none", "batch", "layer")
@@ -25,6 +26,19 @@ def constant_under_compile(function: F) -> F:
     """What ``torch.compiler.assume_constant_result`` does, without importing dynamo (1 s)."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def activate(x: Tensor, act: str) -> Tensor:
+    """act(x): ``none``, ``relu``, ``gelu`` (exact, by erf) or ``silu``."""
+    if act == "none":
+        return x
+    if act == "relu":
+        return functional.relu(x)
+    if act == "gelu":
+        return functional.gelu(x)
+    if act == "silu":
+        return functional.silu(x)
+    raise ValueError(f"activate: act must be 'none', 'relu', 'gelu' or 'silu', got {act!r}")
 
 
 def conv_padding(kernel_size: int, stride: int) -> int:

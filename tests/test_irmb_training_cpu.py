@@ -7,11 +7,22 @@ from typing import Any
 import pytest
 import shapes
 import torch
+from block_kinds import KINDS, randomise
+from grid import DTYPES
 from numerics import Case, check_operator, grad_output_like, round_all, run
 from shapes import Row
 from test_irmb_training import kernels, plain, statistics_of, training_case
+from training_step import (  # noqa: F401  (the fixtures)
+    WITHOUT_KERNELS,
+    assert_as_near_as_autocast,
+    counted_steps,
+    twins,
+)
 
+import emo_kernels as ek
 from emo_kernels import backends, reference
+from emo_kernels.nn import iRMB
+from emo_kernels.spec import IRMBWeights
 
 _C = pytest.importorskip("emo_kernels._C", reason="the compiled module is not built")
 pytestmark = pytest.mark.skipif(
@@ -19,14 +30,18 @@ pytestmark = pytest.mark.skipif(
 )
 ROWS = shapes.rows("both_windows", "attention_and_excite", "dilated", "ragged_c21", "batch_5")
 FP32 = torch.float32
+COMPOSED = [k for k in KINDS if k not in (*WITHOUT_KERNELS, "attention_v_group")]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("isa", _C.available_isas())
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_every_instruction_set(row: Row, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_instruction_set(
+    row: Row, isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EMO_KERNELS_ISA", isa)
     batch = statistics_of(row, "batch")
-    check_operator(kernels("cpu", batch), plain(batch), training_case(row), FP32, name=isa)
+    check_operator(kernels("cpu", batch), plain(batch), training_case(row), DTYPES[dtype], name=isa)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -36,21 +51,23 @@ def test_the_kernels_are_templates_of_one_code_in_fp64(row: Row) -> None:
     check_operator(kernels("cpu", batch), plain(batch), case, torch.float64, name="fp64")
 
 
-def gradients(case: Case, batch: tuple[bool, bool]) -> dict[str, torch.Tensor]:
-    inputs = round_all(case.tensors, FP32)
+def gradients(case: Case, batch: tuple[bool, bool], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    inputs = round_all(case.tensors, dtype)
     kernel = kernels("cpu", batch)
     out = run(kernel, inputs, case.options)["out"]
-    return run(kernel, inputs, case.options, case.differentiable(), grad_output_like(out).float())
+    grad = grad_output_like(out).to(dtype)
+    return run(kernel, inputs, case.options, case.differentiable(), grad)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_a_thread_count_gives_the_same_bits_every_time(row: Row, threads: int) -> None:
+def test_a_thread_count_gives_the_same_bits_every_time(row: Row, threads: int, dtype: str) -> None:
     case, batch = training_case(row), statistics_of(row, "batch")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        first, second = gradients(case, batch), gradients(case, batch)
+        first, second = (gradients(case, batch, DTYPES[dtype]) for _ in range(2))
     finally:
         torch.set_num_threads(before)
     for name, value in first.items():
@@ -72,6 +89,54 @@ def test_the_local_gradient_may_be_kept_or_recomputed(
     batch = statistics_of(row, "batch")
     for name, dtype in (("cpu", FP32), ("cpu", torch.float64), ("reference", torch.float64)):
         check_operator(kernels(name, batch), plain(batch), training_case(row), dtype, name=name)
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+@pytest.mark.parametrize("kind", COMPOSED)
+def test_autocast_of_every_kind(
+    kind: str, isa: str, steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMO_KERNELS_ISA", isa)
+    # A smooth activation: whether rounding sends a sum across relu's edge is luck, ours or eager's.
+    options = {"dim_head": 8, "window_size": 3, "act_layer": "silu", **KINDS[kind]}
+    blocks = [randomise(iRMB(24, 24, **options)).float().train() for _ in range(3)]
+    draws = [(*twins(block, "cpu"), torch.randn(3, 24, 7, 8)) for block in blocks]
+    assert_as_near_as_autocast(draws, torch.bfloat16)
+    assert steps == 3 * ["cpu"]
+
+
+@pytest.mark.parametrize("masters", [True, False], ids=["autocast", "bf16"])
+@pytest.mark.filterwarnings("ignore:accelerate. .* blocks are not accelerated")  # in inference
+def test_a_small_model_learns_in_bf16(masters: bool, steps: list[str]) -> None:
+    """Twelve steps of EMO-1M on four images, every block of it on the kernels."""
+    torch.manual_seed(0)
+    model = ek.create_model("emo_1m", num_classes=4, drop_path_rate=0.0).train()
+    model = ek.accelerate(model if masters else model.bfloat16())
+    dtype = torch.float32 if masters else torch.bfloat16
+    images, labels = torch.randn(4, 3, 64, 64).to(dtype), torch.arange(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=masters):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.3 * losses[0], losses
+    assert steps == 12 * 16 * ["cpu"]
+    for name, p in model.named_parameters():
+        assert p.dtype == dtype and p.grad is not None and p.grad.isfinite().all(), name
+        assert p.grad.any() or name.endswith("qk.conv.bias"), name
+
+
+def test_float16_is_refused_with_the_reason() -> None:
+    row = shapes.rows("ragged_c21")[0]
+    weights = IRMBWeights._make(w if w is None else w.half() for w in shapes.weights(row))
+    x = shapes.feature_map(row).half()
+    reason = backends.why_not("cpu", "irmb_training", "cpu", x, weights, row.spec())
+    assert reason is not None
+    assert "float32, bfloat16 and float64" in reason and "float16" in reason
 
 
 EMPTY = torch.empty(0, 6, 5, 4)

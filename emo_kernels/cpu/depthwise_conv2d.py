@@ -36,8 +36,9 @@ def _convolve(
         if sums is not None:
             sums.zero_()
         return y
-    x, weight, pivot = layout.pixels(x), weight.contiguous(), layout.dense(pivot, x.dtype)
-    pointers = layout.addresses(x, weight, pivot, y, sums)
+    filters, pivot = layout.dense(weight, x.dtype), layout.dense(pivot, x.dtype)
+    x = layout.pixels(x)
+    pointers = layout.addresses(x, filters, pivot, y, sums)
     sizes = (n, c, h, w, k, *options)
     _C.depthwise_conv2d(layout.DTYPES[x.dtype], pointers, sizes, torch.get_num_threads())
     return y
@@ -81,7 +82,7 @@ def depthwise_conv2d_backward(
     n, c, h, w = x.shape
     k = weight.shape[-1]
     dx = layout.new_map(x, n, c, h, w) if needed[0] else None
-    dweight = torch.empty((c, 1, k, k), dtype=x.dtype) if needed[1] else None
+    dweight = torch.empty((c, 1, k, k), dtype=layout.computed_in(x.dtype)) if needed[1] else None
     if grad.numel() == 0:
         grads = [None if g is None else g.zero_() for g in (dx, dweight)]
         return layout.chosen(grads, needed)
@@ -90,7 +91,7 @@ def depthwise_conv2d_backward(
     tensors = (
         layout.pixels(grad),
         layout.pixels(x) if needed[1] else None,
-        weight.contiguous(),
+        layout.dense(weight, x.dtype),
         layout.dense_map(y),
         layout.dense(coefficients, x.dtype),
         layout.dense_map(local_grad),
@@ -101,4 +102,4 @@ def depthwise_conv2d_backward(
     pointers = layout.addresses(*tensors)
     threads = torch.get_num_threads()
     _C.depthwise_conv2d_backward(layout.DTYPES[x.dtype], pointers, sizes, threads)
-    return layout.chosen([dx, None if dweight is None else layout.like(dweight, weight)], needed)
+    return layout.chosen([dx, layout.like(dweight, weight)], needed)

@@ -80,7 +80,7 @@ def expand_backward(
     trains_norm = affine is not None
     wants_sums = needed[3] or (needed[4] and not trains_norm)
     dx = layout.new_map(x, n, c, h, w) if needed[0] else None
-    dweight = torch.empty((m, c), dtype=dtype) if needed[1] else None
+    dweight = torch.empty((m, c), dtype=layout.computed_in(dtype)) if needed[1] else None
     dbias = layout.doubles(m) if needed[2] else None
     sums = layout.doubles(2, c) if wants_sums else None
     mean = invstd = None
@@ -102,14 +102,8 @@ def expand_backward(
         sizes = (n, h * w, c, m, o, layout.NORMS[norm], layout.ACTIVATIONS[act], trains_norm)
         pointers = layout.addresses(*tensors)
         _C.expand_backward(layout.DTYPES[dtype], pointers, sizes, eps, torch.get_num_threads())
-    grads = [dx, *map(_like, (dweight, dbias), (weight, bias))]
+    grads = [dx, *map(layout.like, (dweight, dbias), (weight, bias))]
     if trains_norm:
         return layout.chosen([*grads, sums, None], needed)
     rows = (None, None) if sums is None else (sums[1], sums[0])
-    return layout.chosen([*grads, *map(_like, rows, (norm_weight, norm_bias))], needed)
-
-
-def _like(values: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    if values is None or parameter is None:
-        return None
-    return layout.like(values, parameter)
+    return layout.chosen([*grads, *map(layout.like, rows, (norm_weight, norm_bias))], needed)

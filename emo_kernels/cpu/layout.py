@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.float64: 1}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 NORMS = {"none": 0, "affine": 1, "layer": 2}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 WINDOWS = {"grid": 0, "block": 1, "both": 2}
@@ -16,8 +16,13 @@ WINDOWS = {"grid": 0, "block": 1, "both": 2}
 def wrong_dtype(x: Tensor) -> str | None:
     """Why the kernels do not take the maps' dtype, or ``None``."""
     if x.dtype not in DTYPES:
-        return f"the cpu kernels compute in float32 and float64, got {x.dtype}"
+        return f"the cpu kernels take float32, bfloat16 and float64 maps, got {x.dtype}"
     return None
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """What maps of ``dtype`` are computed in: also what the kernels take vectors and weights in."""
+    return torch.float32 if dtype is torch.bfloat16 else dtype
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -31,8 +36,8 @@ def new_map(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
 
 
 def dense(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A vector or matrix without gaps, in the dtype of the maps."""
-    return None if value is None else value.to(dtype).contiguous()
+    """A vector or matrix without gaps, in what maps of ``dtype`` are computed in."""
+    return None if value is None else value.to(computed_in(dtype)).contiguous()
 
 
 def dense_map(value: Tensor | None) -> Tensor | None:
@@ -50,8 +55,10 @@ def doubles(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float64)
 
 
-def like(values: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient in the dtype, shape and strides of its parameter."""
+def like(values: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """A gradient in the dtype, shape and strides of its parameter, if there are both."""
+    if values is None or parameter is None:
+        return None
     values = values.reshape(parameter.shape)
     if values.dtype == parameter.dtype and values.stride() == parameter.stride():
         return values

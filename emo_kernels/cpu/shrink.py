@@ -89,7 +89,7 @@ def shrink_backward(
     trains_norm = affine is not None
     wants_sums = needed[2] or (needed[3] and not trains_norm)
     dy = layout.new_map(y, n, m, h, w) if needed[0] else None
-    dweight = torch.empty((o, m), dtype=dtype) if needed[1] else None
+    dweight = torch.empty((o, m), dtype=layout.computed_in(dtype)) if needed[1] else None
     sums = layout.doubles(2, m) if wants_sums else None
     dlocal = layout.new_map(y, n, m, h, w) if needed[4] else None
     dgate = layout.doubles(n, m) if needed[6] else None
@@ -111,14 +111,12 @@ def shrink_backward(
         _C.shrink_backward(layout.DTYPES[dtype], pointers, sizes, torch.get_num_threads())
     rows: tuple[Tensor | None, Tensor | None] = (None, None)
     if sums is not None:
-        rows = (sums, None) if trains_norm else (_like(sums[1], scale), _like(sums[0], shift))
+        rows = (
+            (sums, None)
+            if trains_norm
+            else (layout.like(sums[1], scale), layout.like(sums[0], shift))
+        )
     residual_grad = grad.clone() if needed[5] else None
-    grads = [dy, _like(dweight, weight), *rows, dlocal, residual_grad]
-    grads += [_like(dgate, gate), _like(ddrop, drop_scale)]
+    grads = [dy, layout.like(dweight, weight), *rows, dlocal, residual_grad]
+    grads += [layout.like(dgate, gate), layout.like(ddrop, drop_scale)]
     return layout.chosen(grads, needed)
-
-
-def _like(values: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    if values is None or parameter is None:
-        return None
-    return layout.like(values, parameter)

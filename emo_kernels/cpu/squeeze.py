@@ -15,13 +15,13 @@ def squeeze(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(N, M): the mean over an image's pixels of silu(scale[m] y + shift[m])."""
     n, m, h, w = y.shape
     if y.numel() == 0:
-        return y.new_zeros((n, m))
-    y, rows = layout.pixels(y), torch.stack([scale, shift])
-    means = torch.empty((n, m), dtype=y.dtype)
+        return scale.new_zeros((n, m))
+    y, rows = layout.pixels(y), layout.dense(torch.stack([scale, shift]), y.dtype)
+    means = torch.empty((n, m), dtype=layout.computed_in(y.dtype))
     pointers = layout.addresses(y, None, None, None, rows, means, None, None)
     threads = torch.get_num_threads()
     _C.pixels(layout.DTYPES[y.dtype], _SQUEEZE, pointers, (n, h * w, m), threads)
-    return means
+    return means.to(scale.dtype)
 
 
 def squeeze_backward(grad: Tensor, y: Tensor, affine: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,9 +31,9 @@ def squeeze_backward(grad: Tensor, y: Tensor, affine: Tensor, dz: Tensor) -> tup
     if y.numel() == 0:
         return out, y.new_zeros((2, m), dtype=torch.float64)
     sums = layout.doubles(2, m)
-    y, dz, affine = layout.pixels(y), layout.pixels(dz), affine.contiguous()
-    means = grad.to(y.dtype).contiguous()
-    pointers = layout.addresses(y, dz, None, None, affine, means, out, sums)
+    y, dz, means = layout.pixels(y), layout.pixels(dz), layout.dense(grad, y.dtype)
+    rows = layout.dense(affine, y.dtype)
+    pointers = layout.addresses(y, dz, None, None, rows, means, out, sums)
     threads = torch.get_num_threads()
     _C.pixels(layout.DTYPES[y.dtype], _BACKWARD, pointers, (n, h * w, m), threads)
     return out, sums

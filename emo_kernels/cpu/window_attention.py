@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
 from emo_kernels.cpu.expand import expand, expand_backward
-
-_ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+from emo_kernels.spec import activate
 
 
 def window_attention_unsupported(
@@ -37,7 +35,8 @@ def _sizes(x: Tensor, m: int, head_dim: int, window_size: int, mode: str, norm: 
 
 def _padded_value(v_bias: Tensor | None, v_act: str, dtype: torch.dtype) -> Tensor | None:
     """(M,): the expanded values at a padded pixel; ``None``: zero."""
-    return None if v_bias is None else _ACTIVATIONS[v_act](v_bias.to(dtype)).contiguous()
+    bias = layout.dense(v_bias, dtype)
+    return None if bias is None else activate(bias, v_act)
 
 
 def window_attention(
@@ -110,7 +109,7 @@ def window_attention_backward(
         norm, (norm_weight, norm_bias, mean, invstd) = "affine", affine
     wants_sums = needed[5] or (needed[6] and not trains_norm)
     dx = layout.new_map(x, n, c, h, w) if needed[0] or (expands and wants_sums) else None
-    dqk = torch.empty((2 * c, c), dtype=dtype) if needed[1] else None
+    dqk = torch.empty((2 * c, c), dtype=layout.computed_in(dtype)) if needed[1] else None
     dbias = layout.doubles(c) if needed[2] else None
     sums = layout.doubles(2, c) if wants_sums and not expands else None
     dv = dv_padding = v = padding = None
@@ -134,19 +133,20 @@ def window_attention_backward(
         behind = trains_norm or expands
         threads = torch.get_num_threads()
         _C.window_attention_backward(layout.DTYPES[dtype], pointers, (*sizes, behind), eps, threads)
-    qk = [_like(dqk, qk_weight), _like(_with_zero_half(dbias), qk_bias)]
+    qk = [layout.like(dqk, qk_weight), layout.like(_with_zero_half(dbias), qk_bias)]
     if v_weight is None or dv is None:
         if trains_norm:
             return layout.chosen([dx, *qk, None, None, sums, None], needed)
         rows = (None, None) if sums is None else (sums[1], sums[0])
-        norms = map(_like, rows, (norm_weight, norm_bias))
+        norms = map(layout.like, rows, (norm_weight, norm_bias))
         return layout.chosen([dx, *qk, None, None, *norms], needed)
     behind_values = [needed[0], *needed[3:]]
+    bias = layout.dense(v_bias, dtype)  # its gradient has two parts: rounded once they are one
     found = expand_backward(
         dv,
         x,
         v_weight,
-        v_bias,
+        bias,
         norm_weight,
         norm_bias,
         affine,
@@ -159,7 +159,8 @@ def window_attention_backward(
     )
     if v_bias is not None and dv_padding is not None:
         place = sum(behind_values[:2])
-        found[place] = found[place] + _through_padding(dv_padding, v_bias, v_act)
+        both = found[place] + _through_padding(dv_padding, v_bias, v_act)
+        found[place] = both.to(v_bias.dtype)
     of_qk = layout.chosen(qk, needed[1:3])
     return [*found[: needed[0]], *of_qk, *found[needed[0] :]]
 
@@ -170,14 +171,8 @@ def _with_zero_half(of_q: Tensor | None) -> Tensor | None:
 
 
 def _through_padding(grad: Tensor, v_bias: Tensor, v_act: str) -> Tensor:
-    """(M,): what the bias of the values gets through padded pixels."""
+    """(M,), float64: what the bias of the values gets through padded pixels."""
     with torch.enable_grad():
         bias = v_bias.detach().double().requires_grad_()
-        (found,) = torch.autograd.grad(_ACTIVATIONS[v_act](bias), bias, grad)
-    return found.to(v_bias.dtype)
-
-
-def _like(values: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    if values is None or parameter is None:
-        return None
-    return layout.like(values, parameter)
+        (found,) = torch.autograd.grad(activate(bias, v_act), bias, grad)
+    return found

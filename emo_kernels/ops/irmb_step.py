@@ -25,12 +25,11 @@ from emo_kernels.ops.shrink import statistics as shrink_statistics
 from emo_kernels.ops.squeeze import squeeze, squeeze_backward
 from emo_kernels.ops.window_attention import backward as window_attention_backward
 from emo_kernels.ops.window_attention import forward as window_attention_forward
-from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights
+from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights, activate
 
 _NORM = ("norm_weight", "norm_bias")
 _EXCITATION = {n for n in IRMBWeights._fields if n.startswith("se_")}
 _BELOW_THE_CONVOLUTION = {*_NORM, "qk_weight", "qk_bias", "v_weight", "v_bias"}
-_ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 class Plan(NamedTuple):
@@ -187,7 +186,7 @@ class Step:
             return F.linear(x, weight.double().flatten(1), None if bias is None else bias.double())
 
         hidden = linear(means.double(), w.se_reduce_weight, w.se_reduce_bias)
-        hidden = _ACTIVATIONS[self.spec.act](hidden)
+        hidden = activate(hidden, self.spec.act)
         return linear(hidden, w.se_expand_weight, w.se_expand_bias).sigmoid().to(means.dtype)
 
     # ------------------------------------------------------------------------------- backward

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emo_kernels.reference.gradients import channel_sums, gradients
+from emo_kernels.spec import activate
 
 
 def normalize(
@@ -34,19 +35,6 @@ def normalize(
         pixels = x.permute(0, 2, 3, 1)
         return F.layer_norm(pixels, (x.shape[1],), weight, bias, eps).permute(0, 3, 1, 2)
     raise ValueError(f"normalize: norm must be 'none', 'affine' or 'layer', got {norm!r}")
-
-
-def activate(x: Tensor, act: str) -> Tensor:
-    """act(x): ``none``, ``relu``, ``gelu`` (exact, by erf) or ``silu``."""
-    if act == "none":
-        return x
-    if act == "relu":
-        return F.relu(x)
-    if act == "gelu":
-        return F.gelu(x)
-    if act == "silu":
-        return F.silu(x)
-    raise ValueError(f"activate: act must be 'none', 'relu', 'gelu' or 'silu', got {act!r}")
 
 
 def expand(

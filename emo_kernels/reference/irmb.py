@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emo_kernels.reference.depthwise_conv2d import depthwise_conv2d
-from emo_kernels.reference.expand import activate, expand, normalize
+from emo_kernels.reference.expand import expand, normalize
 from emo_kernels.reference.shrink import shrink
 from emo_kernels.reference.window_attention import (
     Windows,
@@ -18,7 +18,7 @@ from emo_kernels.reference.window_attention import (
     pad_to_windows,
     window_attention,
 )
-from emo_kernels.spec import IRMBSpec, IRMBWeights, batch_norm_affine
+from emo_kernels.spec import IRMBSpec, IRMBWeights, activate, batch_norm_affine
 
 
 def irmb(

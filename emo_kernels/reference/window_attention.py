@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from emo_kernels.reference.expand import activate, normalize
+from emo_kernels.reference.expand import normalize
 from emo_kernels.reference.gradients import channel_sums, gradients
+from emo_kernels.spec import activate
 
 
 class Windows(NamedTuple):
