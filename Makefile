@@ -8,6 +8,9 @@ TORCH ?= torch==2.13.0
 # A CUDA build of torch brings the triton it is made for, and keeps it; beside a CPU build this one
 # interprets the kernels in the tests.
 TRITON ?= triton==3.7.1
+# More options of pytest-benchmark: make bench BENCH="--benchmark-compare
+# --benchmark-compare-fail=median:5%" holds the suites against the last saved run.
+BENCH ?=
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -40,7 +43,9 @@ lint: $(STAMPS)/package
 	  | xargs $(if $(strip $(VENV)),$(VENV)/bin/)clang-format --dry-run --Werror
 
 bench: $(STAMPS)/package $(STAMPS)/peers
-	$(PY) bench/bench_cpu.py
+	$(PY) -m pytest bench/bench_operators.py bench/bench_models.py -q \
+	  --benchmark-storage=build/bench --benchmark-autosave $(BENCH)
+	$(PY) bench/bench_cpu.py --minutes 11
 
 $(STAMPS)/dependencies: pyproject.toml
 ifneq ($(strip $(VENV)),)

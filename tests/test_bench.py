@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -14,7 +16,18 @@ from typing import Any
 import pytest
 import torch
 
-from emo_kernels.measure import charts, engines, noise, oracle, report, results, row, tables, timing
+from emo_kernels.measure import (
+    breakdown,
+    charts,
+    engines,
+    noise,
+    oracle,
+    report,
+    results,
+    row,
+    tables,
+    timing,
+)
 from emo_kernels.measure.case import Case, Work
 from emo_kernels.measure.engines import OURS
 from emo_kernels.measure.limits import better, matmul_gflops, stream_gigabytes
@@ -290,6 +303,21 @@ def test_memory_of_a_training_step() -> None:
     assert tables.cells(found, [OURS])[1].endswith(" MB")
 
 
+def test_a_breakdown_counts_everything_once() -> None:
+    work = Work(TINY)
+    x, model = work.x, work.copy()
+    parts = breakdown.count(model, work.module, x)
+    assert 1e-9 * sum(part.flops for part in parts.values()) == pytest.approx(work.gflop)
+    breakdown.measure(model, x, parts, 2)
+    assert {len(part.seconds) for part in parts.values()} == {2}
+    part = parts["stage3.1"]
+    weights = sum(p.numel() for p in model.get_submodule("stage3.1").parameters())
+    assert part.bytes == 4 * (2 * 2 * 40 * 16 + weights)
+    limits = {"matmul_gflops": {"fp32": 10.0}, "stream_gigabytes": {"triad": 1e9}}
+    assert part.floor(limits, "fp32") == pytest.approx(part.flops / 10e9)
+    assert model.get_submodule("stage3.1")._forward_hooks == {}
+
+
 # --------------------------------------------------------------------------------- files and tables
 
 
@@ -434,6 +462,34 @@ def test_the_page_holds_everything(tmp_path: Path) -> None:
     assert str(torch.get_num_threads()) in page
     assert 'src="' not in page
     assert "<link" not in page
+
+
+# ------------------------------------------------------------------------- suites of `make bench`
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suite", "chosen"),
+    [
+        ("bench_operators.py", "5m_stage4 and (expand or irmb or shrink)"),
+        ("bench_models.py", "emo_1m and b4"),
+    ],
+)
+def test_suites_run(suite: str, chosen: str, tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    command = [sys.executable, "-m", "pytest", str(BENCH / suite), "-q", "-k", chosen]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={saved}"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=BENCH.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    for measured in json.loads(saved.read_text())["benchmarks"]:
+        extra = measured["extra_info"]
+        assert extra["flops"] > 0
+        assert 0 < extra["gflops"]
+        assert 0 < extra["percent_of_matmul"] < 150
+        assert 0 <= extra["max_error"] < 1e-3
 
 
 # --------------------------------------------------------------------------------------- the README

@@ -16,7 +16,7 @@ import emo_kernels
 from emo_kernels import available_backends, create_backbone, create_model, save_checkpoint
 from emo_kernels.__main__ import COMMANDS, main
 from emo_kernels.backends import only_by_name
-from emo_kernels.cli import check, check_cases, demo, files, images, options
+from emo_kernels.cli import check, check_cases, demo, files, images, options, profile
 from emo_kernels.cli.pairs import compare
 from emo_kernels.measure import row
 
@@ -197,10 +197,18 @@ def test_bench_reports_times_and_a_match(
     assert "over the best" in capsys.readouterr().out
 
 
-def test_profile_writes_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_tells_blocks_and_writes_traces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = {"matmul_gflops": {"fp32": 100.0}, "stream_gigabytes": {"triad": 20.0}}
+    monkeypatch.setattr(profile, "machine_limits", lambda device: limits)
     argv = ["profile", "emo_1m", "--set", *TINY, "--size", "32", "--rounds", "1"]
     assert main([*argv, "--trace", str(tmp_path)]) == 0
-    assert "Self CPU" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Self CPU" in shown
+    for words in ("stage3.1  reference", "stage3.1  cpu", "(rest)", "% of floor"):
+        assert words in shown
+    assert '"name": "stage3.1"' in (tmp_path / "accelerated.json").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"plain.json", "accelerated.json"}
 
 

@@ -1,8 +1,13 @@
-"""Where the time of a model goes: torch's profile of the plain and of the accelerated model."""
+"""Where the time of a model goes: block by block, and in torch's profile; plain and accelerated.
+
+A block's floor is the time below which the limits measured here let no program come: its arithmetic
+at the rate of large matrix products, or its input, output and weights at that of a stream.
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -18,6 +23,8 @@ from emo_kernels.cli.options import (
     use_runtime,
 )
 from emo_kernels.cli.pairs import build_pair, noise_images
+from emo_kernels.measure import breakdown
+from emo_kernels.measure.limits import machine_limits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +54,16 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     print(one_line())
+    limits = machine_limits(device)
     for variant, model in pair._asdict().items():
         model(x)  # warm-up
-        with profile(activities=activities) as profiled:
-            for _ in range(args.rounds):
-                model(x)
-        averages = profiled.key_averages()
+        parts = breakdown.count(model, pair.plain, x)
+        breakdown.measure(model, x, parts, args.rounds)
+        with profile(activities=activities) as profiled:  # it costs time itself
+            breakdown.measure(model, x, copy.deepcopy(parts), args.rounds)
         print(f"\n{args.model}, {variant}, {args.rounds} forward passes of {tuple(x.shape)}")
+        print(breakdown.table(parts, limits, "fp32"))
+        averages = profiled.key_averages()
         print(
             averages.table(
                 sort_by=f"self_{device.type}_time_total",

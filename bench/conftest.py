@@ -1,0 +1,52 @@
+"""For the suites of `make bench`: the tests' shape table, all cores, the limits of the machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+pytest.register_assert_rewrite("numerics", "tolerance", "memory")
+
+from emo_kernels.measure.limits import machine_limits  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def all_cores() -> Iterator[None]:
+    """Every core, as a user's program has it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def limits(all_cores: None) -> dict[str, Any]:
+    """Measured once in a session."""
+    return machine_limits()
+
+
+@pytest.fixture
+def rates(benchmark: Any, limits: dict[str, Any]) -> Any:
+    """Adds what a median means to ``extra_info``: GFLOP/s, GB/s, shares of the limits."""
+
+    def add(*, flops: int, moved: int = 0, error: float, dtype: str = "fp32") -> None:
+        benchmark.extra_info |= {"flops": flops, "bytes": moved, "max_error": error}
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        median = benchmark.stats.stats.median
+        gflops, gigabytes = 1e-9 * flops / median, 1e-9 * moved / median
+        benchmark.extra_info |= {
+            "gflops": round(gflops, 2),
+            "percent_of_matmul": round(100 * gflops / limits["matmul_gflops"][dtype], 1),
+            "gigabytes_per_second": round(gigabytes, 2),
+            "percent_of_triad": round(100 * gigabytes / limits["stream_gigabytes"]["triad"], 1),
+        }
+
+    return add

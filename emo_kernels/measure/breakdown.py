@@ -1,0 +1,135 @@
+"""Where the time of a forward pass goes: each block of a model, and all that is around them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+from emo_kernels.accelerate import find_blocks
+from emo_kernels.explain import explain, format_table
+
+REST = "(rest)"  # stem convolution, last norm, pooling, head
+
+
+@dataclass
+class Part:
+    """One block, or the rest.
+
+    Attributes:
+        path: in the model.
+        flops, bytes: of one call; the least it must move: input, output, weights.
+        backend: that runs it.
+        seconds: of each round.
+    """
+
+    path: str
+    flops: int
+    bytes: int
+    backend: str
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    def floor(self, limits: dict[str, Any], dtype: str) -> float:
+        """Seconds below which these limits let no program come."""
+        compute = self.flops / limits["matmul_gflops"][dtype]
+        return 1e-9 * max(compute, self.bytes / limits["stream_gigabytes"]["triad"])
+
+
+def count(model: nn.Module, plain: nn.Module, x: Tensor) -> dict[str, Part]:
+    """The parts of ``model`` by path, nothing timed yet; counted on its ``plain`` twin."""
+    parts = {row.path: Part(row.path, 0, 0, row.inference) for row in explain(model, x).rows}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        plain(x)
+    counts, name = counter.get_flop_counts(), type(plain).__name__
+    for path, part in parts.items():
+        part.flops = sum(counts.get(f"{name}.{path}", {}).values())
+    rest = counter.get_total_flops() - sum(part.flops for part in parts.values())
+    return parts | {REST: Part(REST, rest, x.element_size() * x.numel(), "PyTorch")}
+
+
+def measure(model: nn.Module, x: Tensor, parts: dict[str, Part], rounds: int) -> None:
+    """Add the seconds of every part in ``rounds`` forward passes."""
+    within = [part for path, part in parts.items() if path != REST]
+    with _timed(model, parts) as synchronize:
+        for _ in range(rounds):
+            before = sum(sum(part.seconds) for part in within)
+            start = time.perf_counter()
+            model(x)
+            synchronize()
+            whole = time.perf_counter() - start
+            parts[REST].seconds.append(whole - (sum(sum(p.seconds) for p in within) - before))
+
+
+@contextmanager
+def _timed(model: nn.Module, parts: dict[str, Part]) -> Iterator[Callable[[], None]]:
+    """Hooks around every block that fill its part, and name its range in a trace."""
+    cuda = next(model.parameters()).is_cuda
+
+    def synchronize() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    def hooks(part: Part) -> tuple[Callable[..., None], Callable[..., None]]:
+        started: list[Any] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            synchronize()
+            started[:] = [record_function(part.path), time.perf_counter()]
+            started[0].__enter__()
+
+        def leave(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            synchronize()
+            part.seconds.append(time.perf_counter() - started[1])
+            started[0].__exit__(None, None, None)
+            weights = sum(p.numel() for p in module.parameters())
+            part.bytes = args[0].element_size() * (args[0].numel() + out.numel() + weights)
+
+        return enter, leave
+
+    handles = []
+    for path, block in find_blocks(model):
+        enter, leave = hooks(parts[path])
+        handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+    try:
+        yield synchronize
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def table(measured: dict[str, Part], limits: dict[str, Any], dtype: str) -> str:
+    """One line for each part, and their sum."""
+    parts = [part for part in measured.values() if part.seconds]
+    total = sum(part.median for part in parts)
+    rows = [
+        (
+            part.path,
+            part.backend,
+            f"{1e3 * part.median:.3f}",
+            f"{100 * part.median / total:.1f}",
+            f"{1e-9 * part.flops / part.median:.1f}",
+            f"{1e-9 * part.bytes / part.median:.2f}",
+            f"{100 * part.floor(limits, dtype) / part.median:.0f}",
+        )
+        for part in parts
+    ]
+    floor = sum(part.floor(limits, dtype) for part in parts)
+    flops, moved = (sum(getattr(part, name) for part in parts) for name in ("flops", "bytes"))
+    figures = (1e3 * total, 100.0, 1e-9 * flops / total, 1e-9 * moved / total, 100 * floor / total)
+    formats = (".3f", ".1f", ".1f", ".2f", ".0f")
+    last = ("sum", "", *(format(n, f) for n, f in zip(figures, formats, strict=True)))
+    headers = ("block", "backend", "ms", "%", "GFLOP/s", "GB/s", "% of floor")
+    return format_table(headers, [*rows, last])
