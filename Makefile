@@ -1,6 +1,6 @@
-# make demo | test | test-all | lint | bench. Each sets up what it needs: a virtual environment in
-# $(VENV) with torch and the package built in it. `make PYTHON=python3 VENV= test` uses the current
-# interpreter instead and installs nothing but this package.
+# make demo | test | test-all | sanitize | lint | bench. Each sets up what it needs: a virtual
+# environment in $(VENV) with torch and the package built in it. `make PYTHON=python3 VENV= test`
+# uses the current interpreter instead and installs nothing but this package.
 PYTHON ?= python3
 VENV ?= .venv
 # 2.13.0 is the version this is measured with; any torch >= 2.10 works: make TORCH=torch test
@@ -24,7 +24,7 @@ SOURCES := $(shell find csrc python -type f) CMakeLists.txt pyproject.toml
 RUN := OMP_NUM_THREADS=$(shell nproc) $(PY) -m
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(shell nproc)
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all sanitize lint bench clean
 
 demo: $(STAMPS)/package
 	$(RUN) emo_kernels demo
@@ -34,6 +34,19 @@ test: $(STAMPS)/package
 
 test-all: $(STAMPS)/package $(STAMPS)/peers
 	$(PYTEST)
+
+# The cpu kernels under AddressSanitizer and UndefinedBehaviorSanitizer. The interpreter's own leaks
+# are not looked for; symbols of libtorch take longer to read than the tests.
+SANITIZERS = $(foreach l,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(l)))
+SANITIZED = build/sanitize
+
+sanitize: $(STAMPS)/package
+	PATH=$(abspath $(VENV)/bin):$$PATH cmake -S . -B $(SANITIZED) -G Ninja \
+	  -DCMAKE_BUILD_TYPE=Release -DEMO_SANITIZE=ON -DPython_EXECUTABLE=$$(command -v $(PY)) \
+	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
+	PATH=$(abspath $(VENV)/bin):$$PATH cmake --build $(SANITIZED) --target _C
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0:symbolize=0 OMP_NUM_THREADS=1 \
+	  $(PY) tests/sanitized.py $(SANITIZED)
 
 lint: $(STAMPS)/package
 	$(PY) -m ruff check .

@@ -1,8 +1,13 @@
-"""The published numbers: blocks, whole models, training steps and dense backbones in fp32."""
+"""The published numbers: blocks, whole models, training steps and dense backbones in fp32.
+
+All of them from plain PyTorch and from the kernels of the cpu backend; ``test_training.py`` has the
+training of single blocks on every backend.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import golden_data as golden
@@ -12,6 +17,8 @@ import torch
 from golden_data import assert_map, assert_within
 from torch import nn
 
+import emo_kernels as ek
+from emo_kernels import backends
 from emo_kernels.models import create_backbone, create_model
 from emo_kernels.nn import iRMB
 
@@ -21,8 +28,31 @@ TRAIN = golden.entries("models_train")
 DENSE = golden.entries("dense_backbones")
 
 
+Prepare = Callable[[nn.Module], nn.Module]
+
+
 def ids(key: str) -> Any:
     return lambda entry: entry[key]
+
+
+def preparations() -> Iterator[Any]:
+    """Plain, and the cpu's instruction sets; the best by default, which comes last."""
+    yield pytest.param("plain")
+    if backends.unavailable("cpu") is None:
+        from emo_kernels import _C
+
+        *others, best = _C.available_isas()
+        yield pytest.param(best)
+        yield from (pytest.param(isa, marks=pytest.mark.slow) for isa in others)
+
+
+@pytest.fixture(params=list(preparations()))
+def prepare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Prepare:
+    """Leaves a model as it is, or gives it the cpu kernels of one instruction set."""
+    if request.param == "plain":
+        return lambda model: model
+    monkeypatch.setenv("EMO_KERNELS_ISA", request.param)
+    return lambda model: ek.accelerate(model, backend="cpu")  # a warning is an error here
 
 
 def load_block(entry: dict[str, Any]) -> tuple[iRMB, Any]:
@@ -41,9 +71,12 @@ def scaled(array: np.ndarray, factor: float) -> float:
 
 
 @pytest.mark.parametrize("entry", BLOCKS, ids=ids("name"))
-def test_block_in_inference(entry: dict[str, Any]) -> None:
+@pytest.mark.filterwarnings("ignore:accelerate. 1 of 1 blocks are not accelerated.*grouped")
+def test_block_in_inference(entry: dict[str, Any], prepare: Prepare) -> None:
     block, data = load_block(entry)
-    y = block.eval()(golden.tensor(data["x"]))
+    prepare(block.eval())
+    with torch.no_grad():
+        y = block(golden.tensor(data["x"]))
     assert list(y.shape) == entry["output"]
     assert_within(y, data["y_eval"], scaled(data["y_eval"], 2e-5), "output")
 
@@ -79,10 +112,11 @@ def test_state_dict_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("entry", EVAL, ids=ids("key"))
-def test_model_in_inference(entry: dict[str, Any]) -> None:
+def test_model_in_inference(entry: dict[str, Any], prepare: Prepare) -> None:
     data, key = golden.arrays("models_eval.npz"), entry["key"]
     model = create_model(entry["model"]).eval()
     assert golden.fill(model, 20230) == entry["param_crc32"]
+    prepare(model)
     x = golden.image(entry)
     if entry["x_stored"]:
         assert np.array_equal(x.numpy(), data[f"{key}/x"])
@@ -100,10 +134,11 @@ def test_model_in_inference(entry: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("entry", TRAIN, ids=ids("key"))
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "grad_checkpointing"])
-def test_training_step(entry: dict[str, Any], checkpointing: bool) -> None:
+def test_training_step(entry: dict[str, Any], checkpointing: bool, prepare: Prepare) -> None:
     data, key = golden.arrays("models_train.npz"), entry["key"]
     model = create_model(entry["model"], drop_path_rate=0.0).train()
     assert golden.fill(model, 20230) == entry["param_crc32"]
+    prepare(model)
     model.set_grad_checkpointing(checkpointing)
     x = golden.image(entry).requires_grad_()
     g = torch.from_numpy(golden.gaussian((entry["B"], 1000), entry["g_seed"]))
@@ -137,7 +172,7 @@ def test_training_step(entry: dict[str, Any], checkpointing: bool) -> None:
 
 @pytest.mark.parametrize("entry", DENSE, ids=ids("key"))
 @pytest.mark.parametrize("windows", ["default", "given"])
-def test_dense_backbone(entry: dict[str, Any], windows: str) -> None:
+def test_dense_backbone(entry: dict[str, Any], windows: str, prepare: Prepare) -> None:
     data, key = golden.arrays("dense_backbones.npz"), entry["key"]
     detection = entry["backbone"] == "det"
     backbone = create_backbone(
@@ -156,8 +191,9 @@ def test_dense_backbone(entry: dict[str, Any], windows: str) -> None:
     norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     assert sum(m.training for m in norms) == entry["bn_training"]
 
+    prepare(backbone.eval())
     with torch.no_grad():
-        maps = backbone.eval()(golden.image(entry))
+        maps = backbone(golden.image(entry))
     assert isinstance(maps, list)
     assert [list(m.shape) for m in maps] == entry["shapes"]
     assert [m.shape[1] for m in maps] == backbone.out_channels

@@ -29,7 +29,7 @@ set(EMO_CPU_KERNELS_avx512bf16 irmb) # what has bfloat16 products; the rest runs
 add_library(emo_kernels_cpu STATIC csrc/cpu/irmb.cpp csrc/cpu/irmb_plan.cpp csrc/cpu/isa.cpp csrc/cpu/threads.cpp
     csrc/cpu/training.cpp)
 target_include_directories(emo_kernels_cpu PUBLIC csrc)
-target_compile_options(emo_kernels_cpu PRIVATE -O3 ${EMO_WARNINGS})
+target_compile_options(emo_kernels_cpu PRIVATE ${EMO_OPTIMIZATION} ${EMO_WARNINGS})
 target_link_libraries(emo_kernels_cpu PRIVATE OpenMP::OpenMP_CXX)
 
 foreach(isa IN LISTS EMO_ISAS)
@@ -44,7 +44,7 @@ foreach(isa IN LISTS EMO_ISAS)
   target_include_directories(emo_kernels_cpu_${isa} PRIVATE csrc)
   target_compile_definitions(emo_kernels_cpu_${isa} PRIVATE EMO_ISA=${isa} EMO_ISA_${ISA})
   target_compile_options(emo_kernels_cpu_${isa} PRIVATE
-    -O3 -fno-math-errno -fno-trapping-math -ffp-contract=fast ${EMO_WARNINGS}
+    ${EMO_OPTIMIZATION} -fno-math-errno -fno-trapping-math -ffp-contract=fast ${EMO_WARNINGS}
     ${EMO_ISA_FLAGS_${isa}})
   # A weak symbol compiled with AVX-512 could be linked into the portable path: refuse to build one.
   add_custom_command(TARGET emo_kernels_cpu PRE_LINK

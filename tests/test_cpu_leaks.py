@@ -1,0 +1,141 @@
+"""What thousands of calls leave behind: no memory, no scratch, no references."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_cpu_threads import small_model
+
+from emo_kernels import backends
+
+_C = pytest.importorskip("emo_kernels._C", reason="the compiled module is not built")
+pytestmark = [
+    pytest.mark.skipif(
+        backends.unavailable("cpu") is not None, reason="the cpu backend is not compiled"
+    ),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc of Linux"),
+]
+MEGABYTE = 2**20
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def assert_nothing_stays(call: Callable[[], object], calls: int) -> None:
+    """Resident memory after a tenth of the calls and after all; 100 bytes a call would show."""
+    for _ in range(calls // 10):
+        call()
+    before, scratch = resident_bytes(), _C.scratch_bytes()
+    for _ in range(calls):
+        call()
+    assert _C.scratch_bytes() == scratch
+    grown = resident_bytes() - before
+    assert grown <= max(100 * calls, MEGABYTE), f"{grown / calls:.0f} bytes a call stay"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ten_thousand_calls_leak_nothing(threads: int) -> None:
+    torch.set_num_threads(threads)
+    model, x = small_model(), torch.randn(1, 24, 8, 8)
+
+    def call() -> None:
+        with torch.no_grad():
+            model(x)
+
+    assert_nothing_stays(call, 10_000)
+
+
+@pytest.mark.slow
+def test_calls_of_changing_shapes_leak_nothing() -> None:
+    model = small_model()
+    inputs = [torch.randn(n, 24, h, 9) for n in (1, 2) for h in (4, 5, 8)]
+
+    def call() -> None:
+        with torch.no_grad():
+            for x in inputs:
+                model(x)
+
+    assert_nothing_stays(call, 1_000)
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_leak_nothing() -> None:
+    model = small_model().train()
+    x = torch.randn(2, 24, 8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x.requires_grad_()).sum().backward()
+        optimizer.step()
+
+    assert_nothing_stays(step, 2_000)
+
+
+def counts(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
+    gc.collect()
+    return [(sys.getrefcount(t), t._use_count()) for t in tensors]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_references_of_inputs_and_weights_are_given_back(training: bool) -> None:
+    model, x = small_model().train(training), torch.randn(2, 24, 8, 8)
+    tensors = [x, *model.parameters(), *model.buffers()]
+
+    def call() -> None:
+        with torch.set_grad_enabled(training):
+            y = model(x)
+        if training:
+            y.sum().backward()
+
+    call()  # what it keeps for the next call is kept once
+    before = counts(tensors)
+    for _ in range(5):
+        call()
+    assert counts(tensors) == before
+
+
+def test_scratch_follows_the_largest_call_and_is_released() -> None:
+    torch.set_num_threads(1)
+    model = small_model()
+    small, large = torch.randn(1, 24, 8, 8), torch.randn(1, 24, 64, 64)
+    with torch.no_grad():
+        model(large)
+        most = _C.scratch_bytes()
+        for _ in range(3):
+            model(small)
+            model(large)
+    assert _C.scratch_bytes() == most
+    _C.release_scratch()
+    assert _C.scratch_bytes() < most
+
+
+def test_scratch_of_a_finished_thread_is_freed() -> None:
+    model, x = small_model(), torch.randn(1, 24, 32, 32)
+    with torch.no_grad():
+        model(x)
+    before = _C.scratch_bytes()
+
+    def work() -> None:
+        with torch.no_grad():
+            model(x)
+
+    for _ in range(3):
+        caller = threading.Thread(target=work)
+        caller.start()
+        caller.join()
+    deadline = time.monotonic() + 10  # Python's join may return before the thread has ended
+    while _C.scratch_bytes() != before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert _C.scratch_bytes() == before
