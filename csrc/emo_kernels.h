@@ -18,10 +18,12 @@ enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
 
 namespace cpu {
 
-// One array of parameters: `count` elements of the call's dtype, dense; null where absent.
+// One array of parameters: `count` elements, dense; null where absent. With maps in bfloat16 it may
+// be fp32 or bfloat16, else it has the dtype of the maps.
 struct Param {
   const void* data = nullptr;
   int64_t count = 0;
+  DType dtype = DType::kFloat32;
 };
 
 // One inverted residual mobile block in inference.

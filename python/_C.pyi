@@ -22,6 +22,7 @@ class Prepared:
 
 def prepare_irmb(
     dtype: int,
+    weight_dtype: int,
     weights: tuple[int, ...],
     counts: tuple[int, ...],
     sizes: tuple[int, ...],

@@ -68,9 +68,9 @@ std::array<int64_t, kCount> integers(const char* name, const py::tuple& values) 
   return result;
 }
 
-cpu::IrmbCall irmb_call(int dtype, const py::tuple& weights, const py::tuple& counts,
-                        const py::tuple& sizes, const py::tuple& switches, double norm_eps,
-                        double bn_eps) {
+cpu::IrmbCall irmb_call(int dtype, int weight_dtype, const py::tuple& weights,
+                        const py::tuple& counts, const py::tuple& sizes, const py::tuple& switches,
+                        double norm_eps, double bn_eps) {
   constexpr size_t kParams = 19;
   const auto pointer = integers<kParams>("weights", weights);
   const auto count = integers<kParams>("counts", counts);
@@ -83,7 +83,8 @@ cpu::IrmbCall irmb_call(int dtype, const py::tuple& weights, const py::tuple& co
       &call.bn_var,         &call.se_reduce_weight, &call.se_reduce_bias, &call.se_expand_weight,
       &call.se_expand_bias, &call.proj_weight,      &call.gamma};
   for (size_t i = 0; i < kParams; ++i) {
-    *params[i] = {reinterpret_cast<const void*>(static_cast<uintptr_t>(pointer[i])), count[i]};
+    *params[i] = {reinterpret_cast<const void*>(static_cast<uintptr_t>(pointer[i])), count[i],
+                  static_cast<emo_kernels::DType>(weight_dtype)};
   }
   const auto size = integers<8>("sizes", sizes);
   call.N = size[0], call.C = size[1], call.H = size[2], call.W = size[3];
@@ -113,10 +114,12 @@ Prepared prepared(Call call, void (*launch)(const Call&)) {
   }};
 }
 
-Prepared prepare_irmb(int dtype, const py::tuple& weights, const py::tuple& counts,
-                      const py::tuple& sizes, const py::tuple& switches, double norm_eps,
-                      double bn_eps) {
-  return prepared(irmb_call(dtype, weights, counts, sizes, switches, norm_eps, bn_eps), cpu::irmb);
+Prepared prepare_irmb(int dtype, int weight_dtype, const py::tuple& weights,
+                      const py::tuple& counts, const py::tuple& sizes, const py::tuple& switches,
+                      double norm_eps, double bn_eps) {
+  return prepared(
+      irmb_call(dtype, weight_dtype, weights, counts, sizes, switches, norm_eps, bn_eps),
+      cpu::irmb);
 }
 
 // ---- one training step, operator by operator: pointers and sizes in the order of emo_kernels/cpu
@@ -260,8 +263,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("selected_isa", &cpu::selected_isa);
   m.def("scratch_bytes", &cpu::scratch_bytes);
   emo_kernels::python::add_bound_call(m);
-  m.def("prepare_irmb", &prepare_irmb, py::arg("dtype"), py::arg("weights"), py::arg("counts"),
-        py::arg("sizes"), py::arg("switches"), py::arg("norm_eps"), py::arg("bn_eps"));
+  m.def("prepare_irmb", &prepare_irmb, py::arg("dtype"), py::arg("weight_dtype"),
+        py::arg("weights"), py::arg("counts"), py::arg("sizes"), py::arg("switches"),
+        py::arg("norm_eps"), py::arg("bn_eps"));
   m.def("release_scratch", [] {
     cpu::release_scratch();
     emo_kernels::python::output_pool().clear();

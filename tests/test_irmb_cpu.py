@@ -328,6 +328,7 @@ def raw_call(image: Tensor, w: IRMBWeights, row: Row, **changes: object) -> None
     tensors = list(w)
     arguments = {
         "dtype": 0,
+        "weight_dtype": 0,
         "x": dense.data_ptr(),
         "out": 0,
         "weights": tuple(0 if t is None else t.data_ptr() for t in tensors),
@@ -392,7 +393,10 @@ def test_unsupported_blocks_are_named() -> None:
     x, w = rounded(rows("odd_c21_m31")[0], FP32)
     spec = rows("odd_c21_m31")[0].spec()
     assert cpu.irmb_unsupported(x, w, spec) is None
-    assert "float32" in str(cpu.irmb_unsupported(x.bfloat16(), w, spec))
+    assert "bfloat16, got torch.float16" in str(cpu.irmb_unsupported(x.half(), w, spec))
+    assert cpu.irmb_unsupported(x.bfloat16(), w, spec) is None
+    mixed = w._replace(bn_mean=w.bn_mean.bfloat16())  # type: ignore[union-attr]
+    assert "weights of the map" in str(cpu.irmb_unsupported(x.bfloat16(), mixed, spec))
     assert "dw_weight" in str(cpu.irmb_unsupported(x, w._replace(dw_weight=None), spec))
 
 

@@ -16,9 +16,13 @@
 namespace emo_kernels::cpu {
 namespace {
 
-template <class T>
+template <class Ty>
 class Attention {
  public:
+  using T = typename Ty::T;
+  using Map = typename Ty::Map;
+  using Term = typename Ty::Term;
+
   Attention(const IrmbPlan& plan, T* shared, T* own, int64_t* offsets)
       : plan_(plan),
         a_(plan.attention),
@@ -41,14 +45,17 @@ class Attention {
 
  private:
   void enter_window(int64_t image, int64_t window, bool grid);
-  void project(int64_t at, int64_t packed, int64_t bias, int64_t channels, Activation act, T* out,
+  template <class R>
+  void project(int64_t at, int64_t packed, int64_t bias, int64_t channels, Activation act, R* out,
                bool as_values);
   void transpose_keys();
-  void copy_slices(const T* rows, T* out, bool as_values);
-  void attend(T* z, bool add, int64_t nowhere);
-  void softmax_row(T* scores);
+  template <class R>
+  void copy_slices(const T* rows, R* out, bool as_values);
+  void make_values(int64_t head);
+  void attend(Map* z, bool add, int64_t nowhere);
+  void softmax_row(T* scores, Term* weights);
 
-  const T* data(const Param& param) const { return static_cast<const T*>(param.data); }
+  static Term* terms(T* place) { return reinterpret_cast<Term*>(place); }
   int64_t d_panels() const { return ceil_div(a_.head_dim, kPanel<T>); }
   int64_t value_width(int64_t panel) const {
     return panel_width<T>(a_.value_dim - panel * kPanel<T>);
@@ -66,37 +73,38 @@ class Attention {
 
 // ---- packing ----------------------------------------------------------------------------------
 
-// `channels` rows of a (channels, C) projection into panels [panel][C][width], biases padded.
-template <class T>
-void pack_projection(const T* weight, const T* bias, int64_t channels, int64_t C, T* packed,
-                     T* packed_bias) {
+// Rows [row, row + channels) of a projection from C channels into panels [panel][depth][width],
+// where depth is C filled up to whole lanes; biases padded.
+template <class T, class E>
+void pack_projection(const Param& weight, const Param& bias, int64_t row, int64_t channels,
+                     int64_t C, int64_t depth, E* packed, T* packed_bias) {
   for (int64_t at = 0; at < channels; at += kPanel<T>) {
     const int64_t left = channels - at, here = min<int64_t>(kPanel<T>, left);
-    pack_panel<T>(weight + at * C, here, C, packed + at * C, panel_width<T>(left));
-    copy_padded<T>(bias ? bias + at : nullptr, here, packed_bias + at, kPanel<T>);
+    with_elements<T>(weight, [&](auto* elements) {
+      pack_panel<E>(elements + (row + at) * C, here, C, packed + at * depth, panel_width<T>(left));
+    });
+    copy_elements<T>(bias, row + at, here, packed_bias + at, kPanel<T>);
   }
 }
 
-template <class T>
-void Attention<T>::pack(int64_t h0, int64_t h1) {
-  const int64_t C = call_.C, d = a_.head_dim, step = d_panels() * kPanel<T>;
+template <class Ty>
+void Attention<Ty>::pack(int64_t h0, int64_t h1) {
+  const int64_t C = call_.C, depth = plan_.depth(C);
+  const int64_t d = a_.head_dim, step = d_panels() * kPanel<T>;
   const int64_t v_step = ceil_div(a_.value_dim, kPanel<T>) * kPanel<T>;
   for (int64_t head = h0; head < h1; ++head) {
     if (call_.qk_weight.data) {
       for (int64_t k = 0; k < 2; ++k) {
-        const int64_t channel = k * C + head * d, slot = 2 * head + k;
-        const T* bias = data(call_.qk_bias);
-        pack_projection<T>(data(call_.qk_weight) + channel * C, bias ? bias + channel : nullptr, d,
-                           C, shared_ + a_.qk_weight + slot * step * C,
-                           shared_ + a_.qk_bias + slot * step);
+        const int64_t slot = 2 * head + k;
+        pack_projection(call_.qk_weight, call_.qk_bias, k * C + head * d, d, C, depth,
+                        terms(shared_ + a_.qk_weight) + slot * step * depth,
+                        shared_ + a_.qk_bias + slot * step);
       }
     }
     if (a_.values_expanded) {
-      const int64_t channel = head * a_.value_dim;
-      const T* bias = data(call_.v_bias);
-      pack_projection<T>(data(call_.v_weight) + channel * C, bias ? bias + channel : nullptr,
-                         a_.value_dim, C, shared_ + a_.v_weight + head * v_step * C,
-                         shared_ + a_.v_bias + head * v_step);
+      pack_projection(call_.v_weight, call_.v_bias, head * a_.value_dim, a_.value_dim, C, depth,
+                      terms(shared_ + a_.v_weight) + head * v_step * depth,
+                      shared_ + a_.v_bias + head * v_step);
     }
   }
 }
@@ -104,11 +112,11 @@ void Attention<T>::pack(int64_t h0, int64_t h1) {
 // ---- one window -------------------------------------------------------------------------------
 
 // Lists the window's pixels and normalises them, as rows and as panels; padding is zero.
-template <class T>
-void Attention<T>::enter_window(int64_t image, int64_t window, bool grid) {
+template <class Ty>
+void Attention<Ty>::enter_window(int64_t image, int64_t window, bool grid) {
   const int64_t C = call_.C, P = kPanel<T>, i = window / a_.n2, j = window % a_.n2;
   const T *scale = own_ + a_.norm_scale, *shift = own_ + a_.norm_shift;
-  const T* x = static_cast<const T*>(call_.x) + image * call_.H * call_.W * C;
+  const Map* x = static_cast<const Map*>(call_.x) + image * call_.H * call_.W * C;
   const T eps = static_cast<T>(call_.norm_eps);
   for (int64_t t = 0; t < a_.tokens; ++t) {
     const int64_t a = t / a_.ww, b = t % a_.ww;
@@ -126,65 +134,109 @@ void Attention<T>::enter_window(int64_t image, int64_t window, bool grid) {
     } else {
       normalize_pixel<T, Norm::kNone>(x + pixels_[t] * C, C, scale, shift, eps, row, P);
     }
-    normalize_pixel<T, Norm::kNone>(row, C, scale, shift, eps, own_ + a_.h_panels + t * P,
+    normalize_pixel<T, Norm::kNone>(row, C, scale, shift, eps, terms(own_ + a_.h_panels) + t * P,
                                     (a_.tokens + kMostGemmRows) * P);
   }
 }
 
 // out = act(W h + b) for every token: rows of one panel each, or (as_values) of its own width.
-template <class T>
-void Attention<T>::project(int64_t at, int64_t packed, int64_t bias, int64_t channels,
-                           Activation act, T* out, bool as_values) {
+template <class Ty>
+template <class R>
+void Attention<Ty>::project(int64_t at, int64_t packed, int64_t bias, int64_t channels,
+                            Activation act, R* out, bool as_values) {
   const int64_t C = call_.C, P = kPanel<T>, room = a_.tokens + kMostGemmRows;
   for (int64_t c = 0; c < channels; c += P) {
     const int64_t width = panel_width<T>(channels - c), stride = as_values ? width : P;
     for (int64_t t = 0; t < room; ++t) offsets_[t] = t * stride;
-    const ExpandTile<T> tile{own_ + a_.h_panels,
-                             room * P,
-                             shared_ + packed + (at + c) * C,
-                             C,
-                             shared_ + bias + at + c,
-                             out + c / P * room * P,
-                             offsets_};
-    with_shape<T>(width,
-                  [&](auto shape) { expand_pixels<T, decltype(shape)>(act, tile, a_.tokens); });
+    const ExpandTile<Term, R> tile{terms(own_ + a_.h_panels),
+                                   room * P,
+                                   terms(shared_ + packed) + (at + c) * plan_.depth(C),
+                                   C,
+                                   shared_ + bias + at + c,
+                                   out + c / P * room * P,
+                                   offsets_};
+    with_shape<T>(width, [&](auto shape) { expand_pixels<decltype(shape)>(act, tile, a_.tokens); });
   }
 }
 
 // keys as [panel of tokens][head_dim][width]: the B operand of q k^T.
-template <class T>
-void Attention<T>::transpose_keys() {
+template <class Ty>
+void Attention<Ty>::transpose_keys() {
   const int64_t P = kPanel<T>, room = a_.tokens + kMostGemmRows, d = a_.head_dim;
+  const Term* const k = terms(own_ + a_.k);
   for (int64_t t = 0; t < a_.tokens; t += P) {
     const int64_t left = a_.tokens - t, width = panel_width<T>(left);
     for (int64_t c = 0; c < d; c += P) {
-      pack_panel<T>(own_ + a_.k + (c / P * room + t) * P, min(P, left), min(P, d - c),
-                    own_ + a_.keys + t * d + c * width, width, P);
+      pack_panel<Term>(k + (c / P * room + t) * P, min(P, left), min(P, d - c),
+                       terms(own_ + a_.keys) + t * plan_.depth(d) + c * width, width, P);
     }
   }
 }
 
 // A head's channels of the normalised rows, as queries and keys or as values.
-template <class T>
-void Attention<T>::copy_slices(const T* rows, T* out, bool as_values) {
+template <class Ty>
+template <class R>
+void Attention<Ty>::copy_slices(const T* rows, R* out, bool as_values) {
   const int64_t P = kPanel<T>, room = a_.tokens + kMostGemmRows;
   constexpr int kStep = kHalfVectors ? kLanesOf<T> / 2 : kLanesOf<T>;
   using V = Vec<T, kStep>;
   for (int64_t c = 0; c < a_.head_dim; c += P) {
     const int64_t width = panel_width<T>(a_.head_dim - c), stride = as_values ? width : P;
-    T* const panel = out + c / P * room * P;
+    R* const panel = out + c / P * room * P;
     for (int64_t t = 0; t < a_.tokens; ++t) {
       const T* row = rows + t * a_.row_stride + c;
-      for (int64_t j = 0; j < width; j += kStep) store(panel + t * stride + j, load<V>(row + j));
+      for (int64_t j = 0; j < width; j += kStep) store_as(panel + t * stride + j, load<V>(row + j));
+    }
+  }
+  const int64_t last = a_.head_dim / P * P;
+  if (kTerms<R> == 2 && a_.head_dim % 2 == 1)
+    clear_channel(out + last * room + a_.head_dim - last, a_.tokens);
+}
+
+// Rows of a B operand, [K][stride], as the pairs [K / 2][width][2] it is multiplied in.
+template <class T>
+void pair_rows(const T* rows, int64_t K, int64_t stride, int64_t width, BFloat16* dst) {
+  constexpr int kStep = kLanesOf<T> / 2;
+  using V = Vec<T, kStep>;
+  using Pairs = Vec<uint32_t, kStep>;
+  for (int64_t k = 0; k < K; k += 2, dst += 2 * width) {
+    const T *first = rows + k * stride, *second = first + stride;
+    for (int64_t j = 0; j < width; j += kStep) {
+      const auto low = round_to_bf16(load<V>(first + j));
+      const auto high = round_to_bf16(k + 1 < K ? load<V>(second + j) : V{});
+      store(dst + 2 * j,
+            __builtin_convertvector(high, Pairs) << 16 | __builtin_convertvector(low, Pairs));
+    }
+  }
+}
+
+// The head's values, [tokens][width] in panels: a slice of the normalised rows, or projected.
+template <class Ty>
+void Attention<Ty>::make_values(int64_t head) {
+  const int64_t P = kPanel<T>, room = a_.tokens + kMostGemmRows, L = a_.tokens;
+  const int64_t at = head * ceil_div(a_.value_dim, P) * P;
+  const T* const rows = own_ + a_.h_rows + head * a_.head_dim;
+  T* const projected = own_ + (kTerms<Term> == 1 ? a_.values : a_.value_rows);
+  if (a_.values_expanded) {
+    project(at, a_.v_weight, a_.v_bias, a_.value_dim, call_.act, projected, true);
+  }
+  if constexpr (kTerms<Term> == 1) {
+    if (!a_.values_expanded) copy_slices(rows, projected, true);
+  } else {
+    for (int64_t c = 0; c < a_.value_dim; c += P) {
+      const int64_t width = value_width(c / P), panel = c / P * room * P;
+      const bool slices = !a_.values_expanded;
+      pair_rows(slices ? rows + c : projected + panel, L, slices ? a_.row_stride : width, width,
+                terms(own_ + a_.values) + panel);
     }
   }
 }
 
 // ---- one head ---------------------------------------------------------------------------------
 
-// exp(scale (s - max)) / sum over the row's tokens, which lie in panels.
-template <class T>
-void Attention<T>::softmax_row(T* scores) {
+// exp(scale (s - max)) / sum over the row's tokens, which lie in panels; zero up to a whole vector.
+template <class Ty>
+void Attention<Ty>::softmax_row(T* scores, Term* weights) {
   constexpr int kLanes = kLanesOf<T>;
   using V = Vec<T, kLanes>;
   const int64_t P = kPanel<T>, stride = (kAttentionQueries + kMostGemmRows) * P, L = a_.tokens;
@@ -211,57 +263,59 @@ void Attention<T>::softmax_row(T* scores) {
     store(s, e);
   });
   const T inverse = T(1) / sum_lanes<V, T>(sum);
-  each([&](T* s, int64_t) __attribute__((always_inline)) { store(s, load<V>(s) * inverse); });
+  each([&](T* s, int64_t) __attribute__((always_inline)) {
+    store_as(weights + (s - scores), load<V>(s) * inverse);
+  });
 }
 
-template <class T>
-void Attention<T>::attend(T* z, bool add, int64_t nowhere) {
+template <class Ty>
+void Attention<Ty>::attend(Map* z, bool add, int64_t nowhere) {
   const int64_t P = kPanel<T>, L = a_.tokens, room = L + kMostGemmRows, dv = a_.value_dim;
   const int64_t score_rows = kAttentionQueries + kMostGemmRows;
   T* const scores = own_ + a_.scores;
+  Term* const weights = terms(own_ + a_.weights);
   for (int64_t q0 = 0; q0 < L; q0 += kAttentionQueries) {
     const int64_t queries = min(kAttentionQueries, L - q0);
     for (int64_t i = 0; i < score_rows; ++i) offsets_[i] = i * P;
     for (int64_t t = 0; t < L; t += P) {
-      const ExpandTile<T> tile{own_ + a_.q + q0 * P,
-                               room * P,
-                               own_ + a_.keys + t * a_.head_dim,
-                               a_.head_dim,
-                               own_ + a_.no_bias,
-                               scores + t * score_rows,
-                               offsets_};
+      const ExpandTile<Term, T> tile{terms(own_ + a_.q) + q0 * P,
+                                     room * P,
+                                     terms(own_ + a_.keys) + t * plan_.depth(a_.head_dim),
+                                     a_.head_dim,
+                                     own_ + a_.no_bias,
+                                     scores + t * score_rows,
+                                     offsets_};
       with_shape<T>(panel_width<T>(L - t), [&](auto shape) {
-        expand_pixels<T, decltype(shape)>(Activation::kNone, tile, queries);
+        expand_pixels<decltype(shape)>(Activation::kNone, tile, queries);
       });
     }
-    for (int64_t i = 0; i < queries; ++i) softmax_row(scores + i * P);
+    for (int64_t i = 0; i < queries; ++i) softmax_row(scores + i * P, weights + i * P);
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t pixel = pixels_[q0 + i];
       rows_[i] = pixel < 0 ? nowhere : pixel * a_.z_channels;
     }
     for (int64_t c = 0; c < dv; c += P) {
       const int64_t width = value_width(c / P);
-      ShrinkTile<T> tile{};
-      tile.a = scores;
+      ShrinkTile<Term, Map> tile{};
+      tile.a = weights;
       tile.a_panel_stride = score_rows * P;
-      tile.b = own_ + a_.values + c / P * room * P;
+      tile.b = terms(own_ + a_.values) + c / P * room * P;
       tile.K = L;
       tile.out = z + c;
+      tile.residual = add ? z + c : nullptr;
       tile.offsets = rows_;
       tile.channels = min(width, dv - c);
-      tile.first = !add;
-      tile.last = true;
-      with_shape<T>(width, [&](auto shape) { shrink_pixels<T, decltype(shape)>(tile, queries); });
+      tile.first = tile.last = true;
+      with_shape<T>(width, [&](auto shape) { shrink_pixels<decltype(shape)>(tile, queries); });
     }
   }
 }
 
-template <class T>
-void Attention<T>::run(int64_t image0, int64_t u0, int64_t u1, bool grid, bool add, int thread) {
+template <class Ty>
+void Attention<Ty>::run(int64_t image0, int64_t u0, int64_t u1, bool grid, bool add, int thread) {
   const int64_t windows = a_.n1 * a_.n2, d = a_.head_dim, P = kPanel<T>;
-  const int64_t step = d_panels() * P, v_step = ceil_div(a_.value_dim, P) * P;
-  const int64_t map = call_.H * call_.W;
-  T *const q = own_ + a_.q, *const k = own_ + a_.k, *const values = own_ + a_.values;
+  const int64_t step = d_panels() * P, map = call_.H * call_.W;
+  Term *const q = terms(own_ + a_.q), *const k = terms(own_ + a_.k);
   int64_t entered = -1;
   for (int64_t unit = u0; unit < u1; ++unit) {
     const int64_t head = unit % a_.heads, window = unit / a_.heads, image = window / windows;
@@ -275,15 +329,12 @@ void Attention<T>::run(int64_t image0, int64_t u0, int64_t u1, bool grid, bool a
       copy_slices(rows, q, false);
       copy_slices(rows, k, false);
     }
-    if (a_.values_expanded) {
-      project(head * v_step, a_.v_weight, a_.v_bias, a_.value_dim, call_.act, values, true);
-    } else {
-      copy_slices(rows, values, true);
-    }
+    make_values(head);
     transpose_keys();
     // Padded queries land behind the images, every thread's in a pixel of its own.
     const int64_t nowhere = (plan_.images * map + thread - image * map) * a_.z_channels;
-    attend(shared_ + a_.z + image * map * a_.z_channels + head * a_.value_dim, add, nowhere);
+    Map* const z = reinterpret_cast<Map*>(shared_ + a_.z) + image * map * a_.z_channels;
+    attend(z + head * a_.value_dim, add, nowhere);
   }
 }
 

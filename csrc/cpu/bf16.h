@@ -29,11 +29,12 @@ EMO_INLINE V load_as(const S* p, int64_t count = kLanesIn<V>) {
       bits = load<Bits>(p);
     } else {
 #if defined(EMO_ISA_AVX512)
-      if constexpr (kLanes == 16) {
-        bits = (Bits)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
-      } else
+      const auto mask = static_cast<uint32_t>((1u << count) - 1);
+      if constexpr (kLanes == 16) bits = (Bits)_mm256_maskz_loadu_epi16(mask, p);
+      if constexpr (kLanes == 8) bits = (Bits)_mm_maskz_loadu_epi16(mask, p);
+#else
+      for (int64_t i = 0; i < count; ++i) bits[i] = p[i].bits;
 #endif
-        for (int64_t i = 0; i < count; ++i) bits[i] = p[i].bits;
     }
     return (V)(__builtin_convertvector(bits, Wide) << 16);
   } else {
@@ -41,9 +42,13 @@ EMO_INLINE V load_as(const S* p, int64_t count = kLanesIn<V>) {
   }
 }
 
-// To the nearest bfloat16, ties to even; a NaN stays one.
+// To the nearest bfloat16, ties to even; a NaN stays one. The instruction takes denormals for zero.
 template <class V>
 EMO_INLINE Vec<uint16_t, kLanesIn<V>> round_to_bf16(V v) {
+#if defined(EMO_ISA_AVX512BF16)
+  if constexpr (kLanesIn<V> == 16) return (Vec<uint16_t, 16>)_mm512_cvtneps_pbh(v);
+  if constexpr (kLanesIn<V> == 8) return (Vec<uint16_t, 8>)_mm256_cvtneps_pbh(v);
+#endif
   using Wide = Vec<uint32_t, kLanesIn<V>>;
   const Wide bits = (Wide)v;
   const Wide rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -62,11 +67,12 @@ EMO_INLINE void store_as(S* p, V v, int64_t count = kLanesIn<V>) {
       store(p, bits);
     } else {
 #if defined(EMO_ISA_AVX512)
-      if constexpr (kLanes == 16) {
-        _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), (__m256i)bits);
-      } else
+      const auto mask = static_cast<uint32_t>((1u << count) - 1);
+      if constexpr (kLanes == 16) _mm256_mask_storeu_epi16(p, mask, (__m256i)bits);
+      if constexpr (kLanes == 8) _mm_mask_storeu_epi16(p, mask, (__m128i)bits);
+#else
+      for (int64_t i = 0; i < count; ++i) p[i].bits = bits[i];
 #endif
-        for (int64_t i = 0; i < count; ++i) p[i].bits = bits[i];
     }
   } else if (count >= kLanes) {
     store(p, v);
@@ -96,6 +102,66 @@ EMO_INLINE float value_of(BFloat16 value) {
   float result;
   __builtin_memcpy(&result, &bits, sizeof(result));
   return result;
+}
+
+// What a GEMM multiplies: numbers of the type it adds up in, or pairs of bfloat16, two terms of a
+// sum in a lane. Pairs are for instruction sets that multiply them.
+template <class E>
+struct Operand {
+  using Sum = E;
+  static constexpr int kTerms = 1;
+};
+template <>
+struct Operand<BFloat16> {
+  using Sum = float;
+  static constexpr int kTerms = 2;
+};
+template <class E>
+using SumOf = typename Operand<E>::Sum;
+template <class E>
+constexpr int kTerms = Operand<E>::kTerms;
+
+// The terms at p in every lane.
+template <class V, class E>
+EMO_INLINE V splat_terms(const E* p) {
+  if constexpr (kTerms<E> == 2) {
+    return (V)splat<Vec<uint32_t, kLanesIn<V>>>(load<uint32_t>(p));
+  } else {
+    return splat<V>(*p);
+  }
+}
+
+// A vector's worth of terms from memory of S; beyond `count` of them 0.
+template <class V, class E, class S>
+EMO_INLINE V load_terms(const S* p, int64_t count) {
+  if constexpr (kTerms<E> == 1) {
+    return load_as<V>(p, count);
+  } else {
+#if defined(EMO_ISA_AVX512BF16)
+    constexpr int kLanes = kLanesIn<V>;
+    if constexpr (sizeof(S) == 2) {
+      if (count >= 2 * kLanes) return load<V>(p);
+      return (V)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << count) - 1), p);
+    } else {
+      const V low = load_as<V>(p, count);
+      const V high = count > kLanes ? load_as<V>(p + kLanes, count - kLanes) : V{};
+      return (V)_mm512_cvtne2ps_pbh(high, low);
+    }
+#endif
+  }
+}
+
+// sum + a b, lane by lane, or + the products of both pairs in a lane.
+template <class E, class V>
+EMO_INLINE V add_products(V sum, V a, V b) {
+  if constexpr (kTerms<E> == 1) {
+    return fma(a, b, sum);
+  } else {
+#if defined(EMO_ISA_AVX512BF16)
+    if constexpr (kLanesIn<V> == 16) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+    if constexpr (kLanesIn<V> == 8) return _mm256_dpbf16_ps(sum, (__m256bh)a, (__m256bh)b);
+#endif
+  }
 }
 
 }  // namespace

@@ -18,26 +18,32 @@ struct DepthwiseRow {
   int64_t K, stride, dilation;
   const T* weights;  // [K * K][panel], batch norm's scale folded in
   const T* shift;    // [panel], batch norm's shift
-  const T* gate;     // [panel] squeeze-excite, null: none
-  const T* local;    // the expanded map at the output's first pixel, null: no skip
-  T* out;            // [columns][panel]
   int64_t columns, panel;
   int64_t width;  // channels of the panel that exist
 };
 
+// A row of the block, written as an operand E of the GEMM behind it.
+template <class T, class E>
+struct BlockRow : DepthwiseRow<T> {
+  const T* gate;   // [panel] squeeze-excite, null: none
+  const T* local;  // the expanded map at the output's first pixel, null: no skip
+  E* out;          // [columns][panel]
+};
+
 // What becomes of the sums of one vector of channels, column by column.
-template <class T>
+template <class T, class E>
 struct BlockEpilogue {
   using V = Vec<T, kLanesOf<T>>;
-  const DepthwiseRow<T>& row;
+  const BlockRow<T, E>& row;
   const int64_t lane;
 
-  EMO_INLINE BlockEpilogue(const DepthwiseRow<T>& r, int64_t l) : row(r), lane(l) {}
+  EMO_INLINE BlockEpilogue(const DepthwiseRow<T>& r, int64_t l)
+      : row(static_cast<const BlockRow<T, E>&>(r)), lane(l) {}
   EMO_INLINE void operator()(V sum, int64_t column) {
     V y = silu<T>(sum);
     if (row.gate) y *= load<V>(row.gate + lane);
     if (row.local) y += load<V>(row.local + column * row.panel + lane);
-    store(row.out + column * row.panel + lane, y);
+    store_as(row.out + column * row.panel + lane, y);
   }
   EMO_INLINE void finish() {}
 };
@@ -107,7 +113,7 @@ void depthwise_row_any(const DepthwiseRow<T>& row) {
 template <class T>
 using DepthwiseRowFunction = void (*)(const DepthwiseRow<T>&);
 
-template <class T, class Epilogue = BlockEpilogue<T>>
+template <class T, class Epilogue>
 DepthwiseRowFunction<T> depthwise_row_for(int64_t K, int64_t stride, int64_t dilation) {
   if (dilation == 1 && (stride == 1 || stride == 2)) {
     const bool one = stride == 1;

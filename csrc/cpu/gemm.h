@@ -1,12 +1,13 @@
 // The GEMM micro-kernel of the 1x1 convolutions: kRows pixels x one panel of output channels.
 //
-// A is a panel-blocked map [K / kPanel][pixels][kPanel] (kPanel = 2 vectors of channels), B a
-// packed panel [K][width]. All accumulators stay in registers over the whole of K; every output is
-// the sum over k = 0, 1, ... in that order, whatever the tile, so that no split of the work changes
-// a bit.
+// A is a panel-blocked map [K / kPanel][pixels][kPanel] (kPanel = 3 vectors of channels), B a
+// packed panel [K][width], or in pairs of bfloat16 [K / 2][width][2]; an odd K is filled up with
+// zeros in both. All accumulators stay in registers over the whole of K; every output is the sum
+// over k = 0, 1, ... in that order, whatever the tile, so that no split of the work changes a bit.
 #pragma once
 
 #include "cpu/activation.h"
+#include "cpu/bf16.h"
 #include "cpu/simd.h"
 
 namespace emo_kernels::cpu {
@@ -15,7 +16,8 @@ namespace {
 template <class T>
 constexpr int kPanel = 3 * kLanesOf<T>;
 
-// Terms of a sum that are added in one go: a multiple of every kPanel.
+// Terms of a sum that are added in one go: a multiple of every kPanel. Products of bfloat16 are all
+// added in one go: their rounding is far above that of the sum.
 constexpr int64_t kChunk = 240;
 
 // Pixels of a tile by its vectors a row. 8 x 3 vectors reach 115 of 116 GFLOP/s on a Zen 4 core
@@ -52,8 +54,9 @@ struct PanelShape {
   static constexpr int kWidth = kLanes * kFull + (kHalf ? kLanes / 2 : 0);
 };
 
-template <class T, int kRows, class Shape>
+template <class E, int kRows, class Shape>
 struct Accumulators {
+  using T = SumOf<E>;
   using Full = Vec<T, Shape::kLanes>;
   using Half = Vec<T, Shape::kLanes / 2>;
   Full full[kRows][Shape::kFull > 0 ? Shape::kFull : 1];
@@ -68,33 +71,36 @@ struct Accumulators {
     });
   }
 
-  EMO_INLINE void step(const T* a, const T* b) {
+  // Adds the products of the kTerms<E> terms at a and b.
+  EMO_INLINE void step(const E* a, const E* b) {
+    constexpr int kStride = Shape::kLanes * kTerms<E>;
     Full b_full[Shape::kFull > 0 ? Shape::kFull : 1];
     Half b_half;
-    unroll<Shape::kFull>(EMO_UNROLLED(j) { b_full[j] = load<Full>(b + j * Shape::kLanes); });
-    if constexpr (Shape::kHalf) b_half = load<Half>(b + Shape::kFull * Shape::kLanes);
+    unroll<Shape::kFull>(EMO_UNROLLED(j) { b_full[j] = load<Full>(b + j * kStride); });
+    if constexpr (Shape::kHalf) b_half = load<Half>(b + Shape::kFull * kStride);
     unroll<kRows>(EMO_UNROLLED(i) {
-      const T value = a[i * kPanel<T>];
+      const Full value = splat_terms<Full>(a + i * kPanel<T>);
       unroll<Shape::kFull>(
-          EMO_UNROLLED(j) { full[i][j] = fma(splat<Full>(value), b_full[j], full[i][j]); });
-      if constexpr (Shape::kHalf) half[i] = fma(low_half(splat<Full>(value)), b_half, half[i]);
+          EMO_UNROLLED(j) { full[i][j] = add_products<E>(full[i][j], value, b_full[j]); });
+      if constexpr (Shape::kHalf) half[i] = add_products<E>(half[i], low_half(value), b_half);
     });
   }
 
-  // Adds the products of at most kChunk terms.
-  EMO_INLINE void multiply(const T* a, int64_t a_panel_stride, const T* b, int64_t K,
+  // Adds the products of K terms.
+  EMO_INLINE void multiply(const E* a, int64_t a_panel_stride, const E* b, int64_t K,
                            Ahead& ahead) {
+    constexpr int kT = kTerms<E>, kRow = Shape::kWidth * kT;
     for (; K > 0; K -= kPanel<T>) {
       const int depth = static_cast<int>(min<int64_t>(K, kPanel<T>));
       int k = 0;
-      for (; k + 4 <= depth; k += 4, b += 4 * Shape::kWidth) {
+      for (; k + 4 * kT <= depth; k += 4 * kT, b += 4 * kRow) {
         step(a + k, b);
-        step(a + k + 1, b + Shape::kWidth);
-        step(a + k + 2, b + 2 * Shape::kWidth);
-        step(a + k + 3, b + 3 * Shape::kWidth);
+        step(a + k + kT, b + kRow);
+        step(a + k + 2 * kT, b + 2 * kRow);
+        step(a + k + 3 * kT, b + 3 * kRow);
         ahead.fetch();
       }
-      for (; k < depth; ++k, b += Shape::kWidth) step(a + k, b);
+      for (; k < depth; k += kT, b += kRow) step(a + k, b);
       a += a_panel_stride;
     }
   }
@@ -116,9 +122,15 @@ struct Accumulators {
   }
 
   // Adds the products of K terms, chunk by chunk, to `sums` if have_sums, else to the start values.
-  EMO_INLINE void multiply_chunks(const T* a, int64_t a_panel_stride, const T* b, int64_t K,
+  EMO_INLINE void multiply_chunks(const E* a, int64_t a_panel_stride, const E* b, int64_t K,
                                   T* sums, bool have_sums, Ahead* wanted) {
     Ahead ahead = wanted && wanted->at ? *wanted : Ahead(b, b);
+    if constexpr (kTerms<E> > 1) {
+      if (have_sums) add_sums(sums);
+      multiply(a, a_panel_stride, b, K, ahead);
+      if (wanted) *wanted = ahead;
+      return;
+    }
     for (; K > kChunk; K -= kChunk) {
       multiply(a, a_panel_stride, b, kChunk, ahead);
       if (have_sums) add_sums(sums);
@@ -134,22 +146,23 @@ struct Accumulators {
   }
 };
 
-// ring[offsets[i]...] = act(bias + a_i . B)
-template <class T>
+// ring[offsets[i]...] = act(bias + a_i . B), in whatever type R the ring has.
+template <class E, class R>
 struct ExpandTile {
-  const T* a;
+  const E* a;
   int64_t a_panel_stride;
-  const T* b;
+  const E* b;
   int64_t K;
-  const T* bias;           // (width,)
-  T* ring;                 // the panel's rows
+  const SumOf<E>* bias;    // (width,)
+  R* ring;                 // the panel's rows
   const int64_t* offsets;  // of the pixels in the ring
   Ahead* ahead = nullptr;
 };
 
-template <class T, int kRows, class Shape, Activation kAct>
-void expand_tile(const ExpandTile<T>& tile) {
-  Accumulators<T, kRows, Shape> acc;
+template <class E, class R, int kRows, class Shape, Activation kAct>
+void expand_tile(const ExpandTile<E, R>& tile) {
+  using T = SumOf<E>;
+  Accumulators<E, kRows, Shape> acc;
   acc.each([&](auto& v, auto i, auto channel) __attribute__((always_inline)) {
     (void)i;
     v = load<decltype(v + v)>(tile.bias + channel);
@@ -157,20 +170,22 @@ void expand_tile(const ExpandTile<T>& tile) {
   alignas(64) T sums[kRows * Shape::kWidth];
   acc.multiply_chunks(tile.a, tile.a_panel_stride, tile.b, tile.K, sums, false, tile.ahead);
   acc.each([&](auto& v, auto i, auto channel) __attribute__((always_inline)) {
-    store(tile.ring + tile.offsets[i] + channel, activate<T, kAct>(v));
+    store_as(tile.ring + tile.offsets[i] + channel, activate<T, kAct>(v));
   });
 }
 
-// out[offsets[i]...] (+)= d_i . B, and at the last group of channels times gamma, plus residual.
-template <class T>
+// partial[offsets[i]...] (+)= d_i . B, and at the last group of channels, times gamma and plus
+// residual, out. Maps lie in memory as S; where that is the type of the sums, partial may be out.
+template <class E, class S>
 struct ShrinkTile {
-  const T* a;
+  const E* a;
   int64_t a_panel_stride;
-  const T* b;
+  const E* b;
   int64_t K;
-  T* out;                  // at the panel's first channel
-  const T* residual;       // likewise; null: none
-  const T* gamma;          // (width,), null: none
+  SumOf<E>* partial;       // at the panel's first channel; unused where all channels are one group
+  S* out;                  // likewise
+  const S* residual;       // likewise; null: none
+  const SumOf<E>* gamma;   // (width,), null: none
   const int64_t* offsets;  // of the pixels in out
   int64_t pixels;          // rows of the tile that exist
   int64_t channels;        // channels of the panel that exist
@@ -178,53 +193,46 @@ struct ShrinkTile {
   Ahead* ahead = nullptr;
 };
 
-template <class T, class V>
-EMO_INLINE V shrink_epilogue(const ShrinkTile<T>& tile, V v, int64_t at, int64_t channel,
+template <class E, class S, class V>
+EMO_INLINE V shrink_epilogue(const ShrinkTile<E, S>& tile, V v, int64_t at, int64_t channel,
                              int64_t count) {
-  constexpr int kLanes = sizeof(V) / sizeof(T);
-  const bool whole = count >= kLanes;
   if (tile.gamma) v *= load<V>(tile.gamma + channel);
-  if (tile.residual) {
-    const T* r = tile.residual + at;
-    v += whole ? load<V>(r) : load_first<V>(r, count);
-  }
+  if (tile.residual) v += load_as<V>(tile.residual + at, count);
   return v;
 }
 
-// What the groups of channels before this one left in out.
-template <class T, int kRows, class Shape>
-EMO_INLINE void load_partial_sums(const ShrinkTile<T>& tile, T* sums) {
+// What the groups of channels before this one left.
+template <class E, class S, int kRows, class Shape>
+EMO_INLINE void load_partial_sums(const ShrinkTile<E, S>& tile, SumOf<E>* sums) {
+  using T = SumOf<E>;
   for (int i = 0; i < kRows; ++i) {
     T* row = sums + i * Shape::kWidth;
     for (int j = 0; j < Shape::kWidth; ++j) row[j] = T(0);
     if (i >= tile.pixels) continue;
-    const T* out = tile.out + tile.offsets[i];
+    const T* partial = tile.partial + tile.offsets[i];
     if (tile.channels == Shape::kWidth) {
-      for (int j = 0; j < Shape::kWidth; ++j) row[j] = out[j];
+      for (int j = 0; j < Shape::kWidth; ++j) row[j] = partial[j];
     } else {
-      for (int j = 0; j < tile.channels; ++j) row[j] = out[j];
+      for (int j = 0; j < tile.channels; ++j) row[j] = partial[j];
     }
   }
 }
 
-template <class T, int kRows, class Shape>
-void shrink_tile(const ShrinkTile<T>& tile) {
-  Accumulators<T, kRows, Shape> acc;
-  alignas(64) T sums[kRows * Shape::kWidth];
-  if (!tile.first) load_partial_sums<T, kRows, Shape>(tile, sums);
+template <class E, class S, int kRows, class Shape>
+void shrink_tile(const ShrinkTile<E, S>& tile) {
+  Accumulators<E, kRows, Shape> acc;
+  alignas(64) SumOf<E> sums[kRows * Shape::kWidth];
+  if (!tile.first) load_partial_sums<E, S, kRows, Shape>(tile, sums);
   acc.clear();
   acc.multiply_chunks(tile.a, tile.a_panel_stride, tile.b, tile.K, sums, !tile.first, tile.ahead);
   acc.each([&](auto& v, auto i, auto channel) __attribute__((always_inline)) {
-    using V = decltype(v + v);
-    constexpr int kLanes = sizeof(V) / sizeof(T);
     const int64_t count = tile.channels - channel;
     if (i < tile.pixels && count > 0) {
       const int64_t at = tile.offsets[i] + channel;
-      const V result = tile.last ? shrink_epilogue<T>(tile, v, at, channel, count) : v;
-      if (count >= kLanes) {
-        store(tile.out + at, result);
+      if (tile.last) {
+        store_as(tile.out + at, shrink_epilogue(tile, v, at, channel, count), count);
       } else {
-        store_first(tile.out + at, result, count);
+        store_as(tile.partial + at, v, count);
       }
     }
   });

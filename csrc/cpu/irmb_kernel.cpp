@@ -26,8 +26,8 @@ EMO_INLINE int64_t share(int64_t count, int thread, int threads) {
   return count * thread / threads;
 }
 
-template <class T>
-void run_by_rows(Stages<T>& s, int64_t images, int thread, int threads, bool sums_only) {
+template <class Ty>
+void run_by_rows(Stages<Ty>& s, int64_t images, int thread, int threads, bool sums_only) {
   const IrmbPlan& plan = s.plan;
   const int64_t total = images * plan.Ho;
   const int64_t end = share(total, thread + 1, threads);
@@ -52,8 +52,8 @@ void run_by_rows(Stages<T>& s, int64_t images, int thread, int threads, bool sum
 }
 
 // A panel's weights are fetched while the one before it computes, and packed when they are due.
-template <class T>
-void run_by_panels(Stages<T>& s, int64_t images, int thread, int threads, void (*barrier)()) {
+template <class Ty>
+void run_by_panels(Stages<Ty>& s, int64_t images, int thread, int threads, void (*barrier)()) {
   const IrmbPlan& plan = s.plan;
   const int64_t first = share(plan.panels_m, thread, threads);
   const int64_t last = share(plan.panels_m, thread + 1, threads);
@@ -75,8 +75,8 @@ void run_by_panels(Stages<T>& s, int64_t images, int thread, int threads, void (
   }
 }
 
-template <class T>
-void run_squeeze_excite(Stages<T>& s, int64_t images, int thread, int threads, void (*barrier)()) {
+template <class Ty>
+void run_squeeze_excite(Stages<Ty>& s, int64_t images, int thread, int threads, void (*barrier)()) {
   s.gates_ready = false;
   run_by_rows(s, images, thread, threads, true);
   barrier();
@@ -86,8 +86,8 @@ void run_squeeze_excite(Stages<T>& s, int64_t images, int thread, int threads, v
   s.gates_ready = true;
 }
 
-template <class T>
-void attend(Attention<T>& attention, const IrmbPlan& plan, int64_t image0, int64_t images,
+template <class Ty>
+void attend(Attention<Ty>& attention, const IrmbPlan& plan, int64_t image0, int64_t images,
             int thread, int threads, void (*barrier)()) {
   const AttentionPlan& a = plan.attention;
   const int64_t units = images * a.n1 * a.n2 * a.heads;
@@ -102,31 +102,34 @@ void attend(Attention<T>& attention, const IrmbPlan& plan, int64_t image0, int64
   }
 }
 
-template <class T>
+template <class Ty>
 void run(const IrmbPlan& plan, void* shared_buffer, void* own_buffer, int64_t* offsets, int thread,
          int threads, void (*barrier)()) {
+  using T = typename Ty::T;
+  using Map = typename Ty::Map;
   const IrmbCall& call = plan.call;
   T *const shared = static_cast<T*>(shared_buffer), *const own = static_cast<T*>(own_buffer);
   const auto mine = [&](int64_t count, auto pack) {
     const int64_t last = share(count, thread + 1, threads);
     for (int64_t i = share(count, thread, threads); i < last; ++i) pack(i);
   };
-  const T* const x = static_cast<const T*>(call.x);
+  const Map* const x = static_cast<const Map*>(call.x);
   const int64_t in = call.H * call.W * call.C, out = plan.Ho * plan.Wo * call.O;
   for (int64_t image = 0; image < call.N; image += plan.images) {
     const int64_t images = min(plan.images, call.N - image);
     if (image > 0) barrier();
     if (plan.attention.attends) {
-      Attention<T> attention(plan, shared, own, offsets);
+      Attention<Ty> attention(plan, shared, own, offsets);
       if (image == 0) {
         mine(plan.attention.heads, [&](int64_t head) { attention.pack(head, head + 1); });
         barrier();
       }
       attend(attention, plan, image, images, thread, threads, barrier);
     }
-    Stages<T> s(plan, shared, own, offsets);
-    s.set_images(plan.attention.attends ? shared + plan.attention.z : x + image * in,
-                 x + image * in, static_cast<T*>(call.out) + image * out);
+    Stages<Ty> s(plan, shared, own, offsets);
+    const Map* const z = reinterpret_cast<const Map*>(shared + plan.attention.z);
+    s.set_images(plan.attention.attends ? z : x + image * in, x + image * in,
+                 static_cast<Map*>(call.out) + image * out);
     if (image == 0) {
       if (thread == 0) s.pack_gamma();
       if (!plan.by_panels) {
@@ -144,17 +147,31 @@ void run(const IrmbPlan& plan, void* shared_buffer, void* own_buffer, int64_t* o
   }
 }
 
-template <class T>
-constexpr IrmbKernel kKernel = {kPanel<T>, kMostGemmRows, kChunk / kPanel<T>, run<T>};
+// Groups of channels are whole chunks of a sum where sums are added chunk by chunk.
+template <class T, class Map, class Term>
+constexpr IrmbKernel kKernel = {kPanel<T>,
+                                kMostGemmRows,
+                                kTerms<Term> == 1 ? kChunk / kPanel<T> : 1,
+                                sizeof(T),
+                                sizeof(Map),
+                                sizeof(Term),
+                                run<Types<T, Map, Term>>};
 
 }  // namespace
 
 #define EMO_CONCAT_(a, b, c) a##b##c
 #define EMO_CONCAT(a, b, c) EMO_CONCAT_(a, b, c)
 
-const IrmbKernel& EMO_CONCAT(irmb_kernel_, EMO_ISA, _f32)() { return kKernel<float>; }
+#if defined(EMO_ISA_AVX512BF16)
+const IrmbKernel& irmb_kernel_avx512bf16_bf16() { return kKernel<float, BFloat16, BFloat16>; }
+#else
+const IrmbKernel& EMO_CONCAT(irmb_kernel_, EMO_ISA, _bf16)() {
+  return kKernel<float, BFloat16, float>;
+}
+const IrmbKernel& EMO_CONCAT(irmb_kernel_, EMO_ISA, _f32)() { return kKernel<float, float, float>; }
+#endif
 #if defined(EMO_ISA_PORTABLE)
-const IrmbKernel& irmb_kernel_portable_f64() { return kKernel<double>; }
+const IrmbKernel& irmb_kernel_portable_f64() { return kKernel<double, double, double>; }
 #endif
 
 }  // namespace emo_kernels::cpu

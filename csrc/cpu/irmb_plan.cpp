@@ -63,7 +63,8 @@ void check_attention(const IrmbCall& c) {
 
 void check_irmb(const IrmbCall& c) {
   constexpr int64_t kMost = int64_t{1} << 40, kSmall = 1 << 20;
-  require(c.dtype == DType::kFloat32 || c.dtype == DType::kFloat64, "dtype must be fp32 or fp64");
+  require(c.dtype >= DType::kFloat32 && c.dtype <= DType::kBFloat16,
+          "dtype must be fp32, fp64 or bf16");
   require(c.norm >= Norm::kNone && c.norm <= Norm::kLayer, "unknown norm");
   require(c.act >= Activation::kNone && c.act <= Activation::kSilu, "unknown activation");
   check_size("N", c.N, 0, kMost);
@@ -130,20 +131,20 @@ void size_tile(IrmbPlan& p, int64_t rows, int64_t columns, int64_t group, bool w
   p.tile_pixels = rows * columns + p.gemm_rows;
 }
 
-int64_t thread_bytes(const IrmbPlan& p, int64_t element) {
+int64_t thread_bytes(const IrmbPlan& p) {
   const int64_t ring = (p.ring_rows * p.ring_columns + 1) * p.group_panels;
   const int64_t d = p.by_panels ? 0 : p.tile_pixels * p.group_panels;
-  return (ring + d + p.chunk_pixels * p.panels_c) * p.panel * element;
+  return (ring * p.element + (d + p.chunk_pixels * p.panels_c) * p.term) * p.panel;
 }
 
 // Expanded panels in flight: as many as keep their weights, ring and tile inside the budget.
-void choose_tile(IrmbPlan& p, int64_t element) {
+void choose_tile(IrmbPlan& p) {
   const IrmbCall& c = p.conv;
-  const int64_t weights = p.panel * element * (c.C + c.O + c.K * c.K);
+  const int64_t weights = p.panel * (p.term * (c.C + c.O) + p.element * c.K * c.K);
   const int64_t rows = std::clamp<int64_t>(ceil_div(kTilePixels, p.Wo), 1, p.Ho);
   const auto fits = [&](int64_t columns, int64_t group) {
     size_tile(p, rows, columns, group, false);
-    return thread_bytes(p, element) + group * weights <= kCacheBudget;
+    return thread_bytes(p) + group * weights <= kCacheBudget;
   };
   const int64_t chunk = p.chunk_panels, chunks = ceil_div(p.panels_m, chunk);
   int64_t columns = p.Wo;
@@ -156,20 +157,20 @@ void choose_tile(IrmbPlan& p, int64_t element) {
 
 // What one thread keeps in flight by panels: x, one ring, all of the depthwise result, and a panel
 // of weights of the expansion.
-int64_t panel_bytes(const IrmbPlan& p, int64_t element) {
+int64_t panel_bytes(const IrmbPlan& p) {
   const IrmbCall& c = p.conv;
   const int64_t ring = (c.H + reach(c)) * (c.W + reach(c)) * p.panel;
   const int64_t x = c.H * c.W * p.panels_c * p.panel, d = p.Ho * p.Wo * p.panels_m * p.panel;
-  return (ring + x + d + p.panel * c.C) * element;
+  return ring * p.element + (x + d + p.panel * c.C) * p.term;
 }
 
 // Rows cost every thread its halo, panels a meeting of all threads and uneven shares.
-bool panels_pay(const IrmbPlan& p, int64_t element) {
+bool panels_pay(const IrmbPlan& p) {
   const IrmbCall& c = p.conv;
   if (c.R > 0) return false;
-  if (p.threads == 1) return p.call.N == 1 && panel_bytes(p, element) <= kPanelsBudget;
+  if (p.threads == 1) return p.call.N == 1 && panel_bytes(p) <= kPanelsBudget;
   if (p.images >= p.threads) return false;
-  if (p.Ho * p.Wo * p.panels_m * p.panel * element > kSharedDepthwiseLimit) return false;
+  if (p.Ho * p.Wo * p.panels_m * p.panel * p.term > kSharedDepthwiseLimit) return false;
   const double expand = static_cast<double>(c.H) * c.W * c.C;
   const double rest = static_cast<double>(p.Ho) * p.Wo * (c.O + c.K * c.K);
   const double rows = static_cast<double>(ceil_div(p.images * p.Ho, p.threads));
@@ -196,25 +197,31 @@ class Buffer {
 
 void place_attention(IrmbPlan& p, Buffer& shared, Buffer& own) {
   AttentionPlan& a = p.attention;
+  const auto terms = [&p](int64_t count) { return ceil_div(count * p.term, p.element); };
   const int64_t P = p.panel, C = p.call.C, room = a.tokens + p.gemm_rows;
   const int64_t d = round_up(a.head_dim, P), dv = round_up(a.value_dim, P);
   const bool projects = p.call.qk_weight.data != nullptr;
-  a.qk_weight = shared.place(projects ? 2 * a.heads * d * C : 0);
+  const bool pairs = p.term < p.element;
+  a.qk_weight = shared.place(projects ? terms(2 * a.heads * d * p.depth(C)) : 0);
   a.qk_bias = shared.place(projects ? 2 * a.heads * d : 0);
-  a.v_weight = shared.place(a.values_expanded ? a.heads * dv * C : 0);
+  a.v_weight = shared.place(a.values_expanded ? terms(a.heads * dv * p.depth(C)) : 0);
   a.v_bias = shared.place(a.values_expanded ? a.heads * dv : 0);
-  a.z = shared.place((p.images * p.call.H * p.call.W + p.threads) * a.z_channels);
+  const int64_t pixels = p.images * p.call.H * p.call.W + p.threads;
+  a.z = shared.place(ceil_div(pixels * a.z_channels * p.map, p.element));
   a.row_stride = round_up(C, P) + P;
   a.norm_scale = own.place(round_up(C, P));
   a.norm_shift = own.place(round_up(C, P));
   a.no_bias = own.place(P);
   a.h_rows = own.place(a.tokens * a.row_stride);
-  a.h_panels = own.place(round_up(C, P) * room);
-  a.q = own.place(d * room);
-  a.k = own.place(d * room);
-  a.keys = own.place(round_up(a.tokens, P) * a.head_dim);
-  a.values = own.place(dv * room);
-  a.scores = own.place(round_up(a.tokens, P) * (kAttentionQueries + p.gemm_rows));
+  a.h_panels = own.place(terms(round_up(C, P) * room));
+  a.q = own.place(terms(d * room));
+  a.k = own.place(terms(d * room));
+  a.keys = own.place(terms(round_up(a.tokens, P) * p.depth(a.head_dim)));
+  a.values = own.place(terms(dv * room));
+  a.value_rows = own.place(a.values_expanded && pairs ? dv * room : 0);
+  const int64_t scores = round_up(a.tokens, P) * (kAttentionQueries + p.gemm_rows);
+  a.scores = own.place(scores);
+  a.weights = pairs ? own.place(terms(scores)) : a.scores;
   a.offset_rows = std::max(room, kAttentionQueries + p.gemm_rows);
   a.thread_offsets = a.offset_rows + a.tokens + kAttentionQueries;
 }
@@ -223,22 +230,25 @@ void place_buffers(IrmbPlan& p) {
   const IrmbCall& c = p.conv;
   const int64_t P = p.panel, M = p.panels_m * P, O = p.panels_o * P, C = p.panels_c * P;
   Buffer shared, own;
+  const auto terms = [&p](int64_t count) { return ceil_div(count * p.term, p.element); };
   Buffer& packed = p.by_panels ? own : shared;  // by panels, one panel at a time
   const int64_t packed_m = p.by_panels ? P : M, packed_o = p.by_panels ? P : O;
-  p.v_weight = packed.place(c.v_weight.data ? packed_m * c.C : 0);
+  p.v_weight = packed.place(c.v_weight.data ? terms(packed_m * p.depth(c.C)) : 0);
   p.v_bias = packed.place(packed_m);
   p.dw_weight = packed.place(packed_m * c.K * c.K);
   p.bn_shift = packed.place(packed_m);
-  p.proj_weight = packed.place(packed_o * c.M);
+  p.proj_weight = packed.place(terms(packed_o * p.depth(c.M)));
   p.gamma = shared.place(O);
   p.row_sums = shared.place(c.R > 0 ? p.images * p.Ho * M : 0);
   p.gates = shared.place(c.R > 0 ? p.images * M : 0);
-  p.d_shared = shared.place(p.by_panels ? p.tile_pixels * M : 0);
+  p.d_shared = shared.place(p.by_panels ? terms(p.tile_pixels * M) : 0);
   p.norm_scale = own.place(C);
   p.norm_shift = own.place(C);
-  p.x_panels = own.place(std::max(p.chunk_pixels * C, c.R > 0 ? M : 0));
+  p.x_panels = own.place(std::max(terms(p.chunk_pixels * C), c.R > 0 ? M : 0));
   p.ring = own.place((p.ring_rows * p.ring_columns + 1) * p.group_panels * P);
-  p.d = own.place(p.by_panels ? 0 : p.tile_pixels * p.group_panels * P);
+  p.d = own.place(p.by_panels ? 0 : terms(p.tile_pixels * p.group_panels * P));
+  const bool in_groups = !p.by_panels && p.group_panels < p.panels_m;
+  p.partial = own.place(in_groups && p.map < p.element ? p.Ho * p.Wo * c.O : 0);
   p.thread_offsets = p.chunk_pixels + p.tile_pixels;
   if (p.attention.attends) {
     Buffer beside;  // the attention is over when the convolutions begin: the same memory
@@ -252,7 +262,7 @@ void place_buffers(IrmbPlan& p) {
 }
 
 // The block behind the attention reads z, normalised and, with expanded values, expanded already.
-void plan_attention(IrmbPlan& p, int64_t element) {
+void plan_attention(IrmbPlan& p) {
   const IrmbCall& call = p.call;
   AttentionPlan& a = p.attention;
   a.attends = call.head_dim > 0;
@@ -275,7 +285,7 @@ void plan_attention(IrmbPlan& p, int64_t element) {
   p.conv.C = a.z_channels;
   p.conv.norm = Norm::kNone;
   if (a.values_expanded) p.conv.v_weight = p.conv.v_bias = Param{};
-  const int64_t image = call.H * call.W * a.z_channels * element;
+  const int64_t image = call.H * call.W * a.z_channels * p.map;
   const int64_t fit = std::max<int64_t>(1, kAttendedBudget / image);
   p.images = std::min(call.N, fit >= p.threads ? fit / p.threads * p.threads : p.threads);
 }
@@ -289,18 +299,20 @@ IrmbPlan plan_irmb(const IrmbCall& call, const IrmbKernel& kernel) {
   p.panel = kernel.panel;
   p.gemm_rows = kernel.gemm_rows;
   p.chunk_panels = kernel.chunk_panels;
-  const int64_t element = call.dtype == DType::kFloat64 ? 8 : 4;
-  plan_attention(p, element);
+  p.element = kernel.element;
+  p.map = kernel.map;
+  p.term = kernel.term;
+  plan_attention(p);
   p.Ho = output_size(call.H, call);
   p.Wo = output_size(call.W, call);
   p.panels_c = ceil_div(p.conv.C, p.panel);
   p.panels_m = ceil_div(call.M, p.panel);
   p.panels_o = ceil_div(call.O, p.panel);
-  p.by_panels = panels_pay(p, element);
+  p.by_panels = panels_pay(p);
   if (p.by_panels) {
     size_tile(p, p.Ho, p.Wo, 1, true);
   } else {
-    choose_tile(p, element);
+    choose_tile(p);
   }
   place_buffers(p);
   return p;

@@ -23,7 +23,8 @@ struct AttentionPlan {
   // Elements from the start of the shared buffer.
   int64_t qk_weight, qk_bias, v_weight, v_bias, z;
   // Elements from the start of a thread's buffer.
-  int64_t norm_scale, norm_shift, no_bias, h_rows, h_panels, q, k, keys, values, scores;
+  int64_t norm_scale, norm_shift, no_bias, h_rows, h_panels, q, k, keys, values, value_rows;
+  int64_t scores, weights;  // before and behind the softmax
   int64_t offset_rows, thread_offsets;
 };
 
@@ -35,8 +36,12 @@ struct IrmbPlan {
   int64_t Ho, Wo;
   int threads;
 
-  int64_t panel, gemm_rows;              // channels of a panel, most pixels of a GEMM tile
-  int64_t chunk_panels;                  // panels that are summed in one go
+  int64_t panel, gemm_rows;         // channels of a panel, most pixels of a GEMM tile
+  int64_t chunk_panels;             // panels that are summed in one go
+  int64_t element, map, term;       // bytes: computed with, of maps, of what GEMMs multiply
+  int64_t depth(int64_t K) const {  // of a GEMM's operands: K, filled up to whole lanes
+    return (K * term + element - 1) / element * element / term;
+  }
   int64_t panels_c, panels_m, panels_o;  // panels of each channel count
 
   // By rows: threads share out N * Ho output rows, each walks its rows in tiles. By panels: threads
@@ -49,26 +54,32 @@ struct IrmbPlan {
   int64_t ring_rows, ring_columns;
   int64_t chunk_pixels, tile_pixels;  // capacities, with room for a whole last GEMM tile
 
-  // Elements from the start of the shared buffer.
+  // Elements from the start of the shared buffer; terms and maps lie there at their own size.
   int64_t v_weight, v_bias, dw_weight, bn_shift, proj_weight, gamma, row_sums, gates, d_shared;
   int64_t shared_elements;
   // Elements from the start of a thread's buffer; the offsets are int64 arrays of their own.
-  int64_t norm_scale, norm_shift, x_panels, ring, d, thread_elements;
+  int64_t norm_scale, norm_shift, x_panels, ring, d, partial, thread_elements;
   int64_t thread_offsets;
 };
 
 struct IrmbKernel {
   int64_t panel, gemm_rows, chunk_panels;
+  int64_t element, map, term;
   void (*run)(const IrmbPlan& plan, void* shared, void* own, int64_t* offsets, int thread,
               int threads, void (*barrier)());
 };
 
-// One per instruction set and element type.
+// One per instruction set and type of the maps.
 const IrmbKernel& irmb_kernel_portable_f32();
 const IrmbKernel& irmb_kernel_portable_f64();
 const IrmbKernel& irmb_kernel_avx2_f32();
 const IrmbKernel& irmb_kernel_avx512_f32();
 const IrmbKernel& irmb_kernel_neon_f32();
+const IrmbKernel& irmb_kernel_portable_bf16();
+const IrmbKernel& irmb_kernel_avx2_bf16();
+const IrmbKernel& irmb_kernel_avx512_bf16();
+const IrmbKernel& irmb_kernel_avx512bf16_bf16();
+const IrmbKernel& irmb_kernel_neon_bf16();
 
 // Checks every size and pointer the kernels rely on: std::invalid_argument otherwise.
 void check_irmb(const IrmbCall& call);

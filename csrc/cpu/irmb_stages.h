@@ -11,9 +11,13 @@
 namespace emo_kernels::cpu {
 namespace {
 
-template <class T>
+template <class Ty>
 class Stages {
  public:
+  using T = typename Ty::T;
+  using Map = typename Ty::Map;
+  using Term = typename Ty::Term;
+
   const IrmbPlan& plan;
   bool gates_ready = false;
   Ahead ahead;  // fetched while panels are expanded and shrunk
@@ -26,7 +30,8 @@ class Stages {
         packed_(p.by_panels ? own : shared),
         ring_offsets_(offsets),
         out_offsets_(offsets + p.chunk_pixels),
-        depthwise_(depthwise_row_for<T>(call_.K, call_.stride, call_.dilation)) {
+        depthwise_(
+            depthwise_row_for<T, BlockEpilogue<T, Term>>(call_.K, call_.stride, call_.dilation)) {
     norm_affine<T>(call_, own_ + plan.norm_scale, own_ + plan.norm_shift);
   }
 
@@ -39,7 +44,7 @@ class Stages {
   Ahead projection_of(int64_t panel) const;
 
   // Names the maps of `images` images: read for the expansion, added at the end, written.
-  void set_images(const T* source, const T* residual, T* out) {
+  void set_images(const Map* source, const Map* residual, Map* out) {
     source_ = source;
     residual_ = residual;
     out_ = out;
@@ -74,18 +79,19 @@ class Stages {
   void pack_x(int64_t row0, int64_t row1);
   void expand_rows(int64_t row0, int64_t row1);
   void expand_panel(int64_t panel, int64_t pixels);
-  void shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, const T* d, int64_t d_stride,
+  void shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, const Term* d, int64_t d_stride,
                     int64_t channel0, int64_t channels);
   T* ring_of(int64_t panel) const {
     return own_ + plan.ring +
            (panel - group0_) * (plan.ring_rows * plan.ring_columns + 1) * kPanel<T>;
   }
-  T* d_of(int64_t panel) const {
-    return plan.by_panels ? shared_ + plan.d_shared + panel * plan.tile_pixels * kPanel<T>
-                          : own_ + plan.d + (panel - group0_) * plan.tile_pixels * kPanel<T>;
+  Term* d_of(int64_t panel) const {
+    Term* const first = terms(plan.by_panels ? shared_ + plan.d_shared : own_ + plan.d);
+    return first + (plan.by_panels ? panel : panel - group0_) * plan.tile_pixels * kPanel<T>;
   }
   int64_t slot(int64_t panel) const { return plan.by_panels ? 0 : panel * kPanel<T>; }
-  const T* data(const Param& param) const { return static_cast<const T*>(param.data); }
+  T* partial_sums() const;
+  static Term* terms(T* place) { return reinterpret_cast<Term*>(place); }
 
   const IrmbCall& call_;
   T* const shared_;
@@ -95,9 +101,9 @@ class Stages {
   int64_t* const out_offsets_;
   const DepthwiseRowFunction<T> depthwise_;
 
-  const T* source_ = nullptr;
-  const T* residual_ = nullptr;
-  T* out_ = nullptr;
+  const Map* source_ = nullptr;
+  const Map* residual_ = nullptr;
+  Map* out_ = nullptr;
   int64_t n_ = -1, column0_ = 0, column1_ = 0;  // image and output columns
   int64_t in_column0_ = 0, in_column1_ = 0;     // input columns they need, inside the map
   int64_t ring_column0_ = 0;                    // where in_column0_ lies in the ring

@@ -11,70 +11,82 @@ namespace {
 template <class T>
 void pack_depthwise(const IrmbCall& call, int64_t channel0, T* weights, T* shift) {
   const int64_t channels = min<int64_t>(kPanel<T>, call.M - channel0), taps = call.K * call.K;
-  const T* w = static_cast<const T*>(call.dw_weight.data) + channel0 * taps;
-  pack_panel<T>(w, channels, taps, weights, kPanel<T>);
+  with_elements<T>(call.dw_weight, [&](auto* w) {
+    pack_panel<T>(w + channel0 * taps, channels, taps, weights, kPanel<T>);
+  });
   T scale[kPanel<T>] = {};
   for (int64_t i = 0; i < kPanel<T>; ++i) {
     shift[i] = T(0);
     if (i >= channels) continue;
     const int64_t m = channel0 + i;
-    const auto at = [m](const Param& p) { return double{static_cast<const T*>(p.data)[m]}; };
-    const double gain = call.bn_weight.data ? at(call.bn_weight) : 1.0;
-    const double a = gain / __builtin_sqrt(at(call.bn_var) + call.bn_eps);
+    const auto at = [m](const Param& p, T absent) { return double{element<T>(p, m, absent)}; };
+    const double a = at(call.bn_weight, 1) / __builtin_sqrt(at(call.bn_var, 1) + call.bn_eps);
     scale[i] = static_cast<T>(a);
-    shift[i] = static_cast<T>((call.bn_bias.data ? at(call.bn_bias) : 0.0) - at(call.bn_mean) * a);
+    shift[i] = static_cast<T>(at(call.bn_bias, 0) - at(call.bn_mean, 0) * a);
   }
   for (int64_t t = 0; t < taps; ++t) {
     for (int64_t i = 0; i < kPanel<T>; ++i) weights[t * kPanel<T> + i] *= scale[i];
   }
 }
 
-template <class T>
-void Stages<T>::pack_expanded(int64_t panel) {
+template <class Ty>
+void Stages<Ty>::pack_expanded(int64_t panel) {
   const int64_t P = kPanel<T>, at = slot(panel), m = panel * P, left = call_.M - m;
   const int64_t channels = min(P, left);
   if (call_.v_weight.data) {
-    pack_panel<T>(data(call_.v_weight) + m * call_.C, channels, call_.C,
-                  packed_ + plan.v_weight + at * call_.C, panel_width<T>(left));
-    const T* bias = data(call_.v_bias);
-    copy_padded<T>(bias ? bias + m : nullptr, channels, packed_ + plan.v_bias + at, P);
+    with_elements<T>(call_.v_weight, [&](auto* weight) {
+      pack_panel<Term>(weight + m * call_.C, channels, call_.C,
+                       terms(packed_ + plan.v_weight) + at * plan.depth(call_.C),
+                       panel_width<T>(left));
+    });
+    copy_elements<T>(call_.v_bias, m, channels, packed_ + plan.v_bias + at, P);
   }
   pack_depthwise<T>(call_, m, packed_ + plan.dw_weight + at * call_.K * call_.K,
                     packed_ + plan.bn_shift + at);
 }
 
-template <class T>
-void Stages<T>::pack_outputs(int64_t panel) {
+template <class Ty>
+void Stages<Ty>::pack_outputs(int64_t panel) {
   const OutputPanel<T> outputs(panel, call_.O);
-  pack_panel<T>(data(call_.proj_weight) + outputs.start * call_.M, outputs.channels, call_.M,
-                packed_ + plan.proj_weight + slot(panel) * call_.M, outputs.width);
+  with_elements<T>(call_.proj_weight, [&](auto* weight) {
+    pack_panel<Term>(weight + outputs.start * call_.M, outputs.channels, call_.M,
+                     terms(packed_ + plan.proj_weight) + slot(panel) * plan.depth(call_.M),
+                     outputs.width);
+  });
 }
 
-template <class T>
-Ahead Stages<T>::expansion_of(int64_t panel) const {
-  if (call_.v_weight.data == nullptr) return {};
+template <class Ty>
+Ahead Stages<Ty>::expansion_of(int64_t panel) const {
+  Ahead rows;
+  if (call_.v_weight.data == nullptr) return rows;
   const int64_t m = panel * kPanel<T>;
-  return {data(call_.v_weight) + m * call_.C,
-          data(call_.v_weight) + min(call_.M, m + kPanel<T>) * call_.C};
+  with_elements<T>(call_.v_weight, [&](auto* weight) {
+    rows = {weight + m * call_.C, weight + min(call_.M, m + kPanel<T>) * call_.C};
+  });
+  return rows;
 }
 
-template <class T>
-Ahead Stages<T>::projection_of(int64_t panel) const {
+template <class Ty>
+Ahead Stages<Ty>::projection_of(int64_t panel) const {
   const OutputPanel<T> outputs(panel, call_.O);
-  const T* const begin = data(call_.proj_weight) + outputs.start * call_.M;
-  return {begin, begin + outputs.channels * call_.M};
+  Ahead rows;
+  with_elements<T>(call_.proj_weight, [&](auto* weight) {
+    const auto* const begin = weight + outputs.start * call_.M;
+    rows = {begin, begin + outputs.channels * call_.M};
+  });
+  return rows;
 }
 
-template <class T>
-void Stages<T>::pack_gamma() {
+template <class Ty>
+void Stages<Ty>::pack_gamma() {
   if (call_.gamma.data == nullptr) return;
-  copy_padded<T>(data(call_.gamma), call_.O, shared_ + plan.gamma, plan.panels_o * kPanel<T>);
+  copy_elements<T>(call_.gamma, 0, call_.O, shared_ + plan.gamma, plan.panels_o * kPanel<T>);
 }
 
 // ---- normalise and expand ---------------------------------------------------------------------
 
-template <class T>
-void Stages<T>::set_block(int64_t n, int64_t column0, int64_t column1) {
+template <class Ty>
+void Stages<Ty>::set_block(int64_t n, int64_t column0, int64_t column1) {
   if (n == n_ && column0 == column0_ && column1 == column1_) return;
   n_ = n;
   column0_ = column0;
@@ -100,17 +112,17 @@ void Stages<T>::set_block(int64_t n, int64_t column0, int64_t column1) {
   }
 }
 
-template <class T>
-void Stages<T>::pack_x(int64_t row0, int64_t row1) {
+template <class Ty>
+void Stages<Ty>::pack_x(int64_t row0, int64_t row1) {
   if (row0 == packed_row0_ && row1 == packed_row1_) return;
   packed_row0_ = row0;
   packed_row1_ = row1;
   const int64_t C = call_.C, P = kPanel<T>, panel_stride = plan.chunk_pixels * P;
   const T *scale = own_ + plan.norm_scale, *shift = own_ + plan.norm_shift;
   const T eps = static_cast<T>(call_.norm_eps);
-  T* dst = own_ + plan.x_panels;
+  Term* dst = terms(own_ + plan.x_panels);
   for (int64_t y = row0; y < row1; ++y) {
-    const T* x = source_ + ((n_ * call_.H + y) * call_.W + in_column0_) * C;
+    const Map* x = source_ + ((n_ * call_.H + y) * call_.W + in_column0_) * C;
     const int64_t columns = in_column1_ - in_column0_;
     for (int64_t i = 0; i < columns; ++i, x += C, dst += P) {
       if (call_.norm == Norm::kNone) {
@@ -124,35 +136,35 @@ void Stages<T>::pack_x(int64_t row0, int64_t row1) {
   }
 }
 
-template <class T>
-void Stages<T>::expand_panel(int64_t panel, int64_t pixels) {
+template <class Ty>
+void Stages<Ty>::expand_panel(int64_t panel, int64_t pixels) {
   const int64_t P = kPanel<T>, m = panel * P;
-  const T* x_panels = own_ + plan.x_panels;
+  const Term* x_panels = terms(own_ + plan.x_panels);
   if (call_.v_weight.data == nullptr) {  // no expansion: the panel is the normalised map's
     using V = Vec<T, kLanesOf<T>>;
-    const T* src = x_panels + panel * plan.chunk_pixels * P;
+    const Term* src = x_panels + panel * plan.chunk_pixels * P;
     for (int64_t i = 0; i < pixels; ++i) {
       T* dst = ring_of(panel) + ring_offsets_[i];
       unroll<kPanel<T> / kLanesOf<T>>(EMO_UNROLLED(j) {
-        store(dst + j * kLanesOf<T>, load<V>(src + i * P + j * kLanesOf<T>));
+        store(dst + j * kLanesOf<T>, load_as<V>(src + i * P + j * kLanesOf<T>));
       });
     }
     return;
   }
-  const ExpandTile<T> tile{x_panels,
-                           plan.chunk_pixels * P,
-                           packed_ + plan.v_weight + slot(panel) * call_.C,
-                           call_.C,
-                           packed_ + plan.v_bias + slot(panel),
-                           ring_of(panel),
-                           ring_offsets_,
-                           &ahead};
+  const ExpandTile<Term, T> tile{x_panels,
+                                 plan.chunk_pixels * P,
+                                 terms(packed_ + plan.v_weight) + slot(panel) * plan.depth(call_.C),
+                                 call_.C,
+                                 packed_ + plan.v_bias + slot(panel),
+                                 ring_of(panel),
+                                 ring_offsets_,
+                                 &ahead};
   with_shape<T>(panel_width<T>(call_.M - m),
-                [&](auto shape) { expand_pixels<T, decltype(shape)>(call_.act, tile, pixels); });
+                [&](auto shape) { expand_pixels<decltype(shape)>(call_.act, tile, pixels); });
 }
 
-template <class T>
-void Stages<T>::expand_rows(int64_t row0, int64_t row1) {
+template <class Ty>
+void Stages<Ty>::expand_rows(int64_t row0, int64_t row1) {
   pack_x(row0, row1);
   const int64_t P = kPanel<T>;
   int64_t pixels = 0;
@@ -165,8 +177,8 @@ void Stages<T>::expand_rows(int64_t row0, int64_t row1) {
   for (int64_t panel = group0_; panel < group1_; ++panel) expand_panel(panel, pixels);
 }
 
-template <class T>
-int64_t Stages<T>::expand_for(int64_t y0, int64_t y1, int64_t expanded) {
+template <class Ty>
+int64_t Stages<Ty>::expand_for(int64_t y0, int64_t y1, int64_t expanded) {
   const int64_t reach = (call_.K - 1) * call_.dilation;
   const int64_t begin = max(expanded, max<int64_t>(0, y0 * call_.stride - call_.padding));
   const int64_t end = min(call_.H, (y1 - 1) * call_.stride - call_.padding + reach + 1);
@@ -177,8 +189,8 @@ int64_t Stages<T>::expand_for(int64_t y0, int64_t y1, int64_t expanded) {
 
 // ---- depthwise --------------------------------------------------------------------------------
 
-template <class T>
-void Stages<T>::depthwise(int64_t y0, int64_t y1, bool sums_only) {
+template <class Ty>
+void Stages<Ty>::depthwise(int64_t y0, int64_t y1, bool sums_only) {
   const int64_t P = kPanel<T>, columns = column1_ - column0_;
   using V = Vec<T, kLanesOf<T>>;
   for (int64_t panel = group0_; panel < group1_; ++panel) {
@@ -186,7 +198,7 @@ void Stages<T>::depthwise(int64_t y0, int64_t y1, bool sums_only) {
     const auto ring_row = [&](int64_t y) {
       return ring + (y % plan.ring_rows) * plan.ring_columns * P;
     };
-    DepthwiseRow<T> row{};
+    BlockRow<T, Term> row{};
     row.K = call_.K;
     row.stride = call_.stride;
     row.dilation = call_.dilation;
@@ -208,11 +220,12 @@ void Stages<T>::depthwise(int64_t y0, int64_t y1, bool sums_only) {
       row.local = call_.skip && !sums_only ? ring_row(y) + call_.padding * P : nullptr;
       row.out = d_of(panel) + (y - y0) * columns * P;
       depthwise_(row);
+      if (kTerms<Term> == 2 && row.width % 2 == 1) clear_channel(row.out + row.width, columns);
       if (!sums_only) continue;
       T* sums = shared_ + plan.row_sums + ((n_ * plan.Ho + y) * plan.panels_m + panel) * P;
       for (int64_t lane = 0; lane < P; lane += kLanesOf<T>) {
         V sum = column0_ > 0 ? load<V>(sums + lane) : V{};
-        for (int64_t i = 0; i < columns; ++i) sum += load<V>(row.out + i * P + lane);
+        for (int64_t i = 0; i < columns; ++i) sum += load_as<V>(row.out + i * P + lane);
         store(sums + lane, sum);
       }
     }
@@ -220,8 +233,8 @@ void Stages<T>::depthwise(int64_t y0, int64_t y1, bool sums_only) {
 }
 
 // sigmoid(We act(Wr mean(c) + br) + be), all of it small.
-template <class T>
-void Stages<T>::gate(int64_t n) {
+template <class Ty>
+void Stages<Ty>::gate(int64_t n) {
   const int64_t P = kPanel<T>, M = call_.M, R = call_.R, padded = plan.panels_m * P;
   using V = Vec<T, kLanesOf<T>>;
   T* const gates = shared_ + plan.gates + n * padded;
@@ -234,12 +247,12 @@ void Stages<T>::gate(int64_t n) {
     }
     mean[m] = static_cast<T>(sum / static_cast<double>(plan.Ho * plan.Wo));
   }
-  const T *reduce = data(call_.se_reduce_weight), *reduce_bias = data(call_.se_reduce_bias);
-  const T *expand = data(call_.se_expand_weight), *expand_bias = data(call_.se_expand_bias);
-  for (int64_t m = 0; m < padded; ++m) gates[m] = m < M && expand_bias ? expand_bias[m] : T(0);
+  copy_elements<T>(call_.se_expand_bias, 0, M, gates, padded);
   for (int64_t r = 0; r < R; ++r) {
-    T sum = reduce_bias ? reduce_bias[r] : T(0);
-    for (int64_t m = 0; m < M; ++m) sum += reduce[r * M + m] * mean[m];
+    T sum = element<T>(call_.se_reduce_bias, r, 0);
+    with_elements<T>(call_.se_reduce_weight, [&](auto* reduce) {
+      for (int64_t m = 0; m < M; ++m) sum += value_of(reduce[r * M + m]) * mean[m];
+    });
     V v = splat<V>(sum);
     switch (call_.act) {
       case Activation::kNone:
@@ -254,24 +267,38 @@ void Stages<T>::gate(int64_t n) {
         v = activate<T, Activation::kSilu>(v);
         break;
     }
-    for (int64_t m = 0; m < M; ++m) gates[m] += expand[m * R + r] * v[0];
+    with_elements<T>(call_.se_expand_weight, [&](auto* expand) {
+      for (int64_t m = 0; m < M; ++m) gates[m] += value_of(expand[m * R + r]) * v[0];
+    });
   }
   for (int64_t m = 0; m < M; ++m) gates[m] = sigmoid(gates[m]);
 }
 
+// Where groups of channels leave what they have summed up: in the output, or beside it if the sums
+// do not fit its type.
+template <class Ty>
+typename Stages<Ty>::T* Stages<Ty>::partial_sums() const {
+  if constexpr (sizeof(Map) == sizeof(T)) {
+    return out_;
+  } else {
+    return own_ + plan.partial - n_ * plan.Ho * plan.Wo * call_.O;
+  }
+}
+
 // ---- shrink -----------------------------------------------------------------------------------
 
-template <class T>
-void Stages<T>::shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, const T* d,
-                             int64_t d_stride, int64_t channel0, int64_t channels) {
+template <class Ty>
+void Stages<Ty>::shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, const Term* d,
+                              int64_t d_stride, int64_t channel0, int64_t channels) {
   const OutputPanel<T> outputs(panel, call_.O);
   const int64_t o = outputs.start, width = outputs.width;
-  ShrinkTile<T> tile{};
+  ShrinkTile<Term, Map> tile{};
   tile.a = d + pixel0 * kPanel<T>;
   tile.a_panel_stride = d_stride;
-  tile.b = packed_ + plan.proj_weight + slot(panel) * call_.M + channel0 * width;
+  tile.b = terms(packed_ + plan.proj_weight) + slot(panel) * plan.depth(call_.M) + channel0 * width;
   tile.K = channels;
   tile.out = out_ + o;
+  tile.partial = partial_sums() + o;
   tile.residual = call_.skip ? residual_ + o : nullptr;
   tile.gamma = call_.gamma.data ? shared_ + plan.gamma + o : nullptr;
   tile.offsets = out_offsets_ + pixel0;
@@ -279,12 +306,11 @@ void Stages<T>::shrink_panel(int64_t panel, int64_t pixel0, int64_t pixel1, cons
   tile.first = channel0 == 0;
   tile.last = channel0 + channels == call_.M;
   tile.ahead = &ahead;
-  with_shape<T>(width,
-                [&](auto shape) { shrink_pixels<T, decltype(shape)>(tile, pixel1 - pixel0); });
+  with_shape<T>(width, [&](auto shape) { shrink_pixels<decltype(shape)>(tile, pixel1 - pixel0); });
 }
 
-template <class T>
-void Stages<T>::shrink(int64_t y0, int64_t y1) {
+template <class Ty>
+void Stages<Ty>::shrink(int64_t y0, int64_t y1) {
   const int64_t P = kPanel<T>, columns = column1_ - column0_, pixels = (y1 - y0) * columns;
   for (int64_t i = 0; i < pixels; ++i) {
     const int64_t row = n_ * plan.Ho + y0 + i / columns;
@@ -299,9 +325,9 @@ void Stages<T>::shrink(int64_t y0, int64_t y1) {
 constexpr int64_t kShareRows = kRegisters == 32 ? 8 : 4;  // rows of a whole GEMM tile
 
 // Panel by panel, so that a thread packs and reads few panels of weights; equal in channels.
-template <class T>
-typename Stages<T>::PixelRange Stages<T>::share_of_panel(int64_t panel, int thread,
-                                                         int threads) const {
+template <class Ty>
+typename Stages<Ty>::PixelRange Stages<Ty>::share_of_panel(int64_t panel, int thread,
+                                                           int threads) const {
   const int64_t pixels = plan.Ho * plan.Wo, tiles = ceil_div(pixels, kShareRows);
   const OutputPanel<T> outputs(panel, call_.O);
   const auto pixel = [&](int64_t share) {
@@ -311,8 +337,8 @@ typename Stages<T>::PixelRange Stages<T>::share_of_panel(int64_t panel, int thre
   return {pixel(thread), pixel(thread + 1)};
 }
 
-template <class T>
-int64_t Stages<T>::first_share(int thread, int threads) const {
+template <class Ty>
+int64_t Stages<Ty>::first_share(int thread, int threads) const {
   for (int64_t p = 0; p < plan.panels_o; ++p) {
     const PixelRange range = share_of_panel(p, thread, threads);
     if (range.begin < range.end) return p;
@@ -320,8 +346,8 @@ int64_t Stages<T>::first_share(int thread, int threads) const {
   return plan.panels_o;
 }
 
-template <class T>
-void Stages<T>::shrink_share(int thread, int threads) {
+template <class Ty>
+void Stages<Ty>::shrink_share(int thread, int threads) {
   const int64_t pixels = plan.Ho * plan.Wo;
   for (int64_t i = 0; i < pixels; ++i) out_offsets_[i] = (n_ * pixels + i) * call_.O;
   for (int64_t p = first_share(thread, threads); p < plan.panels_o; ++p) {
@@ -329,8 +355,7 @@ void Stages<T>::shrink_share(int thread, int threads) {
     if (range.begin >= range.end) break;
     pack_outputs(p);
     ahead = p + 1 < plan.panels_o ? projection_of(p + 1) : Ahead{};
-    shrink_panel(p, range.begin, range.end, shared_ + plan.d_shared, plan.tile_pixels * kPanel<T>,
-                 0, call_.M);
+    shrink_panel(p, range.begin, range.end, d_of(0), plan.tile_pixels * kPanel<T>, 0, call_.M);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include "cpu/bf16.h"
 #include "cpu/gemm.h"
+#include "cpu/params.h"
 
 namespace emo_kernels::cpu {
 namespace {
@@ -10,16 +11,12 @@ namespace {
 // The affine of the norm in front: batch norm's from its statistics, layer norm's as it is given.
 template <class T>
 void norm_affine(const IrmbCall& call, T* scale, T* shift) {
-  const T* weight = static_cast<const T*>(call.norm_weight.data);
-  const T* bias = static_cast<const T*>(call.norm_bias.data);
-  const T* mean = static_cast<const T*>(call.norm_mean.data);
-  const T* var = static_cast<const T*>(call.norm_var.data);
   if (call.norm == Norm::kNone) return;
   for (int64_t c = 0; c < call.C; ++c) {
-    double a = weight ? weight[c] : 1.0, b = bias ? bias[c] : 0.0;
+    double a = element<T>(call.norm_weight, c, 1), b = element<T>(call.norm_bias, c, 0);
     if (call.norm == Norm::kAffine) {
-      a /= __builtin_sqrt(var[c] + call.norm_eps);
-      b -= mean[c] * a;
+      a /= __builtin_sqrt(element<T>(call.norm_var, c, 1) + call.norm_eps);
+      b -= element<T>(call.norm_mean, c, 0) * a;
     }
     scale[c] = static_cast<T>(a);
     shift[c] = static_cast<T>(b);
@@ -64,17 +61,17 @@ EMO_INLINE PixelMoments<T> pixel_moments(const S* x, int64_t C, T eps) {
   return {near, rest, T(1) / square_root(max(square - rest * rest, T(0)) + eps)};
 }
 
-// dst[c / panel][.][c % panel] = norm(x)[c], zero in the lanes past C.
-template <class T, Norm kNorm, class S>
+// dst[c / panel][.][c % panel] = norm(x)[c], zero in the lanes past C; x and dst of any type.
+template <class T, Norm kNorm, class S, class D>
 EMO_INLINE void normalize_pixel(const S* x, int64_t C, const T* scale, const T* shift, T eps,
-                                T* dst, int64_t panel_stride) {
+                                D* dst, int64_t panel_stride) {
   using V = Vec<T, kLanesOf<T>>;
   PixelMoments<T> moments{};
   if constexpr (kNorm == Norm::kLayer) moments = pixel_moments<T>(x, C, eps);
   each_channel<T>(x, C, [&](V v, int64_t c) __attribute__((always_inline)) {
     if constexpr (kNorm == Norm::kLayer) v = ((v - moments.near) - moments.rest) * moments.scale;
     if constexpr (kNorm != Norm::kNone) v = fma(v, load<V>(scale + c), load<V>(shift + c));
-    store(dst + c / kPanel<T> * panel_stride + c % kPanel<T>, v);
+    store_as(dst + c / kPanel<T> * panel_stride + c % kPanel<T>, v);
   });
 }
 

@@ -1,9 +1,11 @@
-// Packing of weights into panels: (rows, K) as PyTorch keeps them -> [K][width], vectors over rows.
+// Packing of weights into panels: (rows, K) as PyTorch keeps them -> [K][width], vectors over rows,
+// or in pairs of bfloat16 [K / 2][width][2].
 //
 // Done at every call (a panel of 32 x 160 takes about 2 us on one Zen 4 core) instead of cached:
 // a later change of a weight is then always seen, by construction, and no second copy is kept.
 #pragma once
 
+#include "cpu/bf16.h"
 #include "cpu/simd.h"
 
 namespace emo_kernels::cpu {
@@ -33,47 +35,53 @@ EMO_INLINE void transpose(V* rows) {
 }
 
 // One vector of rows of pack_panel, those past `rows` zero.
-template <class T, bool kWhole>
-EMO_INLINE void pack_rows(const T* src, int64_t rows, int64_t K, T* dst, int64_t width,
+template <class E, bool kWhole, class S>
+EMO_INLINE void pack_rows(const S* src, int64_t rows, int64_t K, SumOf<E>* dst, int64_t width,
                           int64_t stride, int64_t store_width) {
-  constexpr int kLanes = kLanesOf<T>;
+  using T = SumOf<E>;
+  constexpr int kLanes = kLanesOf<T>, kStep = kLanes * kTerms<E>;
   using V = Vec<T, kLanes>;
-  for (int64_t k = 0; k < K; k += kLanes) {
-    const int64_t depth = min<int64_t>(kLanes, K - k);
+  for (int64_t k = 0; k < K; k += kStep, dst += kLanes * width) {
+    const int64_t depth = min<int64_t>(kStep, K - k);
     V block[kLanes];
     unroll<kLanes>(EMO_UNROLLED(i) {
-      const T* row = src + i * stride + k;
+      const S* row = src + i * stride + k;
       // Weights come from memory, and these rows are too short for its prefetcher: ask for the
       // rows a vector further down, which are packed next.
       __builtin_prefetch(row + kLanes * stride);
-      const bool whole = kWhole || (i < rows && depth == kLanes);
-      block[i] = whole ? load<V>(row) : i < rows ? load_first<V>(row, depth) : V{};
+      block[i] = kWhole     ? load_terms<V, E>(row, kStep)
+                 : i < rows ? load_terms<V, E>(row, depth)
+                            : V{};
     });
     transpose<V, kLanes>(block);
-    if (kWhole || (depth == kLanes && store_width == kLanes)) {
-      unroll<kLanes>(EMO_UNROLLED(i) { store(dst + (k + i) * width, block[i]); });
+    if (kWhole || (depth == kStep && store_width == kLanes)) {
+      unroll<kLanes>(EMO_UNROLLED(i) { store(dst + i * width, block[i]); });
     } else {
-      for (int64_t i = 0; i < depth; ++i) store_first(dst + (k + i) * width, block[i], store_width);
+      const int64_t lanes = ceil_div(depth, kTerms<E>);
+      for (int64_t i = 0; i < lanes; ++i) store_first(dst + i * width, block[i], store_width);
     }
   }
 }
 
-// dst[k * width + r] = src[r * stride + k] for r < rows, 0 for rows <= r < width.
-template <class T>
-void pack_panel(const T* src, int64_t rows, int64_t K, T* dst, int64_t width, int64_t stride) {
+// dst[k * width + r] = src[r * stride + k] for r < rows, 0 for rows <= r < width; of pairs
+// likewise, the last one filled up with 0.
+template <class E, class S>
+void pack_panel(const S* src, int64_t rows, int64_t K, E* dst, int64_t width, int64_t stride) {
+  using T = SumOf<E>;
   constexpr int kLanes = kLanesOf<T>;
-  for (int64_t r = 0; r < width; r += kLanes, src += kLanes * stride, dst += kLanes) {
+  T* lanes = reinterpret_cast<T*>(dst);
+  for (int64_t r = 0; r < width; r += kLanes, src += kLanes * stride, lanes += kLanes) {
     const int64_t store_width = min<int64_t>(kLanes, width - r);
-    if (rows - r >= kLanes && K % kLanes == 0) {
-      pack_rows<T, true>(src, rows - r, K, dst, width, stride, store_width);
+    if (rows - r >= kLanes && K % (kLanes * kTerms<E>) == 0) {
+      pack_rows<E, true>(src, rows - r, K, lanes, width, stride, store_width);
     } else {
-      pack_rows<T, false>(src, rows - r, K, dst, width, stride, store_width);
+      pack_rows<E, false>(src, rows - r, K, lanes, width, stride, store_width);
     }
   }
 }
 
-template <class T>
-void pack_panel(const T* src, int64_t rows, int64_t K, T* dst, int64_t width) {
+template <class E, class S>
+void pack_panel(const S* src, int64_t rows, int64_t K, E* dst, int64_t width) {
   pack_panel(src, rows, K, dst, width, K);
 }
 

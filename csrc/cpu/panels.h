@@ -49,50 +49,57 @@ void copy_padded(const T* src, int64_t count, T* dst, int64_t padded) {
   for (int64_t i = 0; i < padded; ++i) dst[i] = src && i < count ? src[i] : T(0);
 }
 
-template <class T, Activation kAct, class Shape>
-void expand_pixels(ExpandTile<T> tile, int64_t pixels) {
+// Clears the lane that fills up a pair beside the last of an odd number of channels: what comes of
+// the zeros of an operand is not zero beside an infinity.
+template <class E>
+void clear_channel(E* at, int64_t pixels) {
+  for (int64_t i = 0; i < pixels; ++i) at[i * kPanel<SumOf<E>>] = E{};
+}
+
+template <class E, class R, Activation kAct, class Shape>
+void expand_pixels(ExpandTile<E, R> tile, int64_t pixels) {
   constexpr int kRows = Shape::kRows, kFewRows = kRows / 2;
   for (int64_t i = 0; i < pixels;) {
     const bool many = pixels - i > kFewRows;
     if (many) {
-      expand_tile<T, kRows, Shape, kAct>(tile);
+      expand_tile<E, R, kRows, Shape, kAct>(tile);
     } else {
-      expand_tile<T, kFewRows, Shape, kAct>(tile);
+      expand_tile<E, R, kFewRows, Shape, kAct>(tile);
     }
     const int64_t step = many ? kRows : kFewRows;
-    tile.a += step * kPanel<T>;
+    tile.a += step * kPanel<SumOf<E>>;
     tile.offsets += step;
     i += step;
   }
 }
 
-template <class T, class Shape>
-void expand_pixels(Activation act, const ExpandTile<T>& tile, int64_t pixels) {
+template <class Shape, class E, class R>
+void expand_pixels(Activation act, const ExpandTile<E, R>& tile, int64_t pixels) {
   switch (act) {
     case Activation::kNone:
-      return expand_pixels<T, Activation::kNone, Shape>(tile, pixels);
+      return expand_pixels<E, R, Activation::kNone, Shape>(tile, pixels);
     case Activation::kRelu:
-      return expand_pixels<T, Activation::kRelu, Shape>(tile, pixels);
+      return expand_pixels<E, R, Activation::kRelu, Shape>(tile, pixels);
     case Activation::kGelu:
-      return expand_pixels<T, Activation::kGelu, Shape>(tile, pixels);
+      return expand_pixels<E, R, Activation::kGelu, Shape>(tile, pixels);
     case Activation::kSilu:
-      return expand_pixels<T, Activation::kSilu, Shape>(tile, pixels);
+      return expand_pixels<E, R, Activation::kSilu, Shape>(tile, pixels);
   }
 }
 
-template <class T, class Shape>
-void shrink_pixels(ShrinkTile<T> tile, int64_t pixels) {
+template <class Shape, class E, class S>
+void shrink_pixels(ShrinkTile<E, S> tile, int64_t pixels) {
   constexpr int kRows = Shape::kRows, kFewRows = kRows / 2;
   for (int64_t i = 0; i < pixels;) {
     const bool many = pixels - i > kFewRows;
     const int64_t step = many ? kRows : kFewRows;
     tile.pixels = min(step, pixels - i);
     if (many) {
-      shrink_tile<T, kRows, Shape>(tile);
+      shrink_tile<E, S, kRows, Shape>(tile);
     } else {
-      shrink_tile<T, kFewRows, Shape>(tile);
+      shrink_tile<E, S, kFewRows, Shape>(tile);
     }
-    tile.a += step * kPanel<T>;
+    tile.a += step * kPanel<SumOf<E>>;
     tile.offsets += step;
     i += step;
   }

@@ -11,7 +11,7 @@ from emo_kernels import _C
 from emo_kernels.cpu.bound import BoundCall, bind
 from emo_kernels.spec import Conditions, IRMBSpec, IRMBWeights, conv_output_size
 
-_DTYPES = {torch.float32: 0, torch.float64: 1}
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _NORMS = {"none": 0, "batch": 1, "layer": 2}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 _WINDOWS = {"grid": 0, "block": 1, "both": 2}
@@ -21,7 +21,14 @@ _MAX_TAPS = 64  # kMaxTaps of csrc/cpu/irmb_plan.h
 def irmb_unsupported(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> str | None:
     """Why the kernel cannot run this block, or ``None`` if it can."""
     if x.dtype not in _DTYPES:
-        return f"the cpu kernel computes in float32 and float64, got {x.dtype}"
+        return f"the cpu kernel takes maps in float32, float64 and bfloat16, got {x.dtype}"
+    dtypes = {tensor.dtype for _, tensor in weights.present()}
+    if dtypes != {x.dtype} and (x.dtype, dtypes) != (torch.bfloat16, {torch.float32}):
+        names = ", ".join(sorted(map(str, dtypes)))
+        return (
+            f"the cpu kernel takes weights of the map's dtype, {x.dtype}, or all in float32 with "
+            f"a map in bfloat16, got {names}"
+        )
     if spec.head_dim > 0 and spec.op_order != "attn_conv":
         return f"the cpu kernel attends before the convolution only, got {spec.op_order!r}"
     if spec.v_groups != 1:
@@ -39,8 +46,9 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
     """One block in inference, as :func:`emo_kernels.reference.irmb` computes it.
 
     Args:
-        x: (N, C, H, W), fp32 or fp64; used in place when channels_last, else copied into it.
-        weights: the block's tensors, of x's dtype.
+        x: (N, C, H, W), fp32, bf16 or fp64; used in place when channels_last, else copied into it.
+        weights: the block's tensors, of x's dtype, or fp32 ones with a bf16 map: the kernel rounds
+            what it multiplies, as autocast does.
         spec: the block's switches; those :func:`irmb_unsupported` accepts.
 
     Returns:
@@ -113,6 +121,7 @@ def _arguments(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> tuple[Any, ..
     )
     return (
         _DTYPES[x.dtype],
+        _DTYPES[w.dw_weight.dtype],
         tuple([0 if t is None else t.data_ptr() for t in w]),
         tuple([0 if t is None else t.numel() for t in w]),
         (*x.shape, m, w.proj_weight.shape[0], k, r),
