@@ -25,7 +25,7 @@ from emo_kernels.spec import IRMBSpec, IRMBWeights
 
 HERE = Path(__file__).parent
 ISAS = _C.available_isas()
-FP32, FP64 = torch.float32, torch.float64
+FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
 def rounded(row: Row, dtype: torch.dtype, **data: str) -> tuple[Tensor, IRMBWeights]:
@@ -70,15 +70,47 @@ def by_row(table: list[Row]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("row", marked)
 
 
+def doubles(w: IRMBWeights) -> IRMBWeights:
+    return IRMBWeights(*[None if t is None else t.double() for t in w])
+
+
 @by_row(ROWS)
-def test_fp32_follows_the_rule(isa: str, row: Row) -> None:
-    x, w = rounded(row, FP32)
-    w64 = IRMBWeights(*[None if t is None else t.double() for t in w])
-    want = reference.irmb(x.double(), w64, row.spec())
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_follows_the_rule(isa: str, dtype: torch.dtype, row: Row) -> None:
+    x, w = rounded(row, dtype)
+    want = reference.irmb(x.double(), doubles(w), row.spec())
     with poisoned_memory("nan"):
         got = cpu.irmb(x, w, row.spec())
     eager = reference.irmb(x, w, row.spec())
-    assert_kernel_close(got, want, eager, FP32, name=f"irmb {row.name} {isa}")
+    assert_kernel_close(got, want, eager, dtype, name=f"irmb {row.name} {isa}")
+
+
+@by_row(ROWS)
+def test_fp32_weights_with_a_bf16_map(isa: str, row: Row) -> None:
+    """As under autocast, whose convolutions round their weights."""
+    (x, _), (_, w) = rounded(row, BF16), rounded(row, FP32)
+    want = reference.irmb(x.double(), doubles(w), row.spec())
+    with poisoned_memory("nan"):
+        got = cpu.irmb(x, w, row.spec())
+    assert got.dtype == BF16
+    with torch.autocast("cpu", BF16):
+        eager = reference.irmb(x, w, row.spec())
+    assert_kernel_close(got, want, eager, BF16, name=f"irmb {row.name} {isa}")
+
+
+@by_row(FEW)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_special_values_in_bf16(isa: str, row: Row, value: float) -> None:
+    """Only where the oracle has them: what fills up an odd channel's pair stays out of sums."""
+    x, w = rounded(row, BF16)
+    x[-1, row.c // 2, row.h // 2, row.w // 2] = value
+    want = reference.irmb(x.double(), doubles(w), row.spec())
+    with poisoned_memory("nan"):
+        got = cpu.irmb(x, w, row.spec())
+    eager = reference.irmb(x, w, row.spec())
+    once_rounded = want.float  # where torch's own bf16 result is non-finite and the oracle is not
+    name = f"irmb {row.name} {isa}"
+    assert_kernel_close(got, want, eager, BF16, name=name, fallback=once_rounded)
 
 
 @by_row(ROWS)
@@ -101,12 +133,13 @@ def test_hard_data(isa: str, row: Row, data: str) -> None:
     assert_kernel_close(got, want, eager, FP32, name=f"irmb {row.name} {data}")
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["unexpanded", "one_to_three", "odd_c21_m31"])
-def test_integers_are_exact(isa: str, name: str) -> None:
+def test_integers_are_exact(isa: str, name: str, dtype: torch.dtype) -> None:
     """SiLU is exact at zero alone: the stencil's weights and shifts are zero."""
     row = replace(rows(name)[0], norm="none", act="relu")
     case = integers(irmb_case(row), largest=1)
-    tensors = round_all(case.tensors, FP32)
+    tensors = round_all(case.tensors, dtype)
     x = tensors.pop("x")
     assert x is not None
     for key in ("dw_weight", "bn_bias", "bn_mean"):
@@ -135,8 +168,9 @@ def test_layouts_change_nothing(row: Row, layout: str) -> None:
 
 
 @by_row([*FEW, *rows("5m_stage4_down", "5m_stage3_down_small", "1m_stage0_small")])
-def test_threads_and_batch_change_no_bit(isa: str, row: Row) -> None:
-    x, w = rounded(replace(row, n=5), FP32)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_threads_and_batch_change_no_bit(isa: str, dtype: torch.dtype, row: Row) -> None:
+    x, w = rounded(replace(row, n=5), dtype)
     spec = row.spec()
     torch.set_num_threads(1)
     want = cpu.irmb(x, w, spec)
