@@ -220,7 +220,7 @@ class Gradient {
         }
       }
       for (int64_t p = p0; p < p1; ++p) {
-        if (q + 1 < q1) prefetch(n, dy_loaded, x_loaded, p);
+        if (q + 1 < q1) prefetch(n, q + 1, dy_loaded, x_loaded, p);
         for (int64_t y = dx.first; c_.dx && y < dx.last; ++y) dx_row(n, y, p, p - p0);
       }
     }
@@ -249,15 +249,22 @@ class Gradient {
              });
   }
 
-  // Asks for what the next row of dy will bring in, while this one's dx is computed.
-  void prefetch(int64_t n, int64_t q, int64_t r, int64_t p) {
+  // Asks for what row `next` of dy will bring in and write, while the one before is worked on.
+  void prefetch(int64_t n, int64_t next, int64_t q, int64_t r, int64_t p) {
+    const int64_t row = c_.W * c_.C;
     if (q < l_.Ho) {
       const int64_t at = (n * l_.Ho + q) * l_.Wo * c_.C;
       prefetch_row<T>(static_cast<const S*>(c_.grad) + at, l_.Wo, c_.C, p);
       if (c_.coefficients) prefetch_row<T>(static_cast<const S*>(c_.y) + at, l_.Wo, c_.C, p);
     }
     for (int64_t i = r; c_.dweight && i < min(c_.H, r + c_.stride); ++i) {
-      prefetch_row<T>(static_cast<const S*>(c_.x) + (n * c_.H + i) * c_.W * c_.C, c_.W, c_.C, p);
+      prefetch_row<T>(static_cast<const S*>(c_.x) + (n * c_.H + i) * row, c_.W, c_.C, p);
+    }
+    const Rows dx = dx_rows(c_, l_.Ho, next);
+    for (int64_t i = dx.first; c_.dx && i < dx.last; ++i) {
+      const int64_t at = (n * c_.H + i) * row;
+      prefetch_row<T>(static_cast<const S*>(c_.dx) + at, c_.W, c_.C, p);
+      if (c_.local_grad) prefetch_row<T>(static_cast<const S*>(c_.local_grad) + at, c_.W, c_.C, p);
     }
   }
 

@@ -74,6 +74,10 @@ class Convolution {
         for (int64_t r = end; r < next && y + 1 < y1; ++r) {
           prefetch_row<T>(x + (n * c_.H + r) * c_.W * c_.C, c_.W, c_.C, p);
         }
+        if (y + 1 < y1) {
+          const S* const out = static_cast<const S*>(c_.y) + (n * l_.Ho + y + 1) * l_.Wo * c_.C;
+          prefetch_row<T>(out, l_.Wo, c_.C, p);
+        }
         row(n, y, p, p - p0);
       }
     }

@@ -58,13 +58,14 @@ ScratchBytes scratch(const Call& call) {
 
 // a = (grad + d) act'(a) in place, and its sums over the pixels.
 template <class T, Activation kAct, class S>
-void differentiate(T* a, const T* d, const S* grad, int64_t M, int64_t rows, int64_t channels,
-                   double* dbias) {
+void differentiate(T* a, const T* d, const S* grad, int64_t M, int64_t next, int64_t rows,
+                   int64_t channels, double* dbias) {
   using V = Vec<T, kLanesOf<T>>;
   constexpr int64_t P = kPanel<T>;
   sum_rows<T>(rows, channels, dbias, nullptr,
               [&](int64_t i, int64_t lane, int64_t count, V& sum, V&)
                   __attribute__((always_inline)) {
+                    fetch(grad + i * M + lane + next);
                     V v = load_as<V>(grad + i * M + lane, count);
                     if (d) v += load<V>(d + i * P + lane);
                     v *= activate_slope<T, kAct>(load<V>(a + i * P + lane));
@@ -74,17 +75,17 @@ void differentiate(T* a, const T* d, const S* grad, int64_t M, int64_t rows, int
 }
 
 template <class T, class S>
-void differentiate(Activation act, T* a, const T* d, const S* grad, int64_t M, int64_t rows,
-                   int64_t channels, double* dbias) {
+void differentiate(Activation act, T* a, const T* d, const S* grad, int64_t M, int64_t next,
+                   int64_t rows, int64_t channels, double* dbias) {
   switch (act) {
     case Activation::kNone:
-      return differentiate<T, Activation::kNone>(a, d, grad, M, rows, channels, dbias);
+      return differentiate<T, Activation::kNone>(a, d, grad, M, next, rows, channels, dbias);
     case Activation::kRelu:
-      return differentiate<T, Activation::kRelu>(a, d, grad, M, rows, channels, dbias);
+      return differentiate<T, Activation::kRelu>(a, d, grad, M, next, rows, channels, dbias);
     case Activation::kGelu:
-      return differentiate<T, Activation::kGelu>(a, d, grad, M, rows, channels, dbias);
+      return differentiate<T, Activation::kGelu>(a, d, grad, M, next, rows, channels, dbias);
     case Activation::kSilu:
-      return differentiate<T, Activation::kSilu>(a, d, grad, M, rows, channels, dbias);
+      return differentiate<T, Activation::kSilu>(a, d, grad, M, next, rows, channels, dbias);
   }
 }
 
@@ -119,8 +120,8 @@ void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
       product<T, false>({l.g.data, l.g.stride(), l.skip.panel(p), c.O, l.d, rows, nullptr, false},
                         width);
     }
-    differentiate(c.act, l.a, c.out_grad ? l.d : nullptr, grad + p * P, c.M, rows, channels,
-                  l.dbias + p * P);
+    differentiate(c.act, l.a, c.out_grad ? l.d : nullptr, grad + p * P, c.M,
+                  next_panel<T>(p, c.M, rows), rows, channels, l.dbias + p * P);
     if (wants_dn) multiply_all(l.a, 0, channels, rows, l.backward, p * P, l.dn, p > 0);
     if (c.dweight) multiply_transposed(l.a, rows, channels, l.n, l.dweight, p * P);
   }

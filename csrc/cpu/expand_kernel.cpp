@@ -38,10 +38,12 @@ ScratchBytes scratch(const ExpandCall& call) {
 }
 
 template <class T, Activation kAct, class S>
-void store_activated(const T* tile, int64_t rows, int64_t channels, S* out, int64_t M) {
+void store_activated(const T* tile, int64_t rows, int64_t channels, S* out, int64_t M,
+                     int64_t next) {
   using V = Vec<T, kLanesOf<T>>;
   for (int64_t i = 0; i < rows; ++i, tile += kPanel<T>, out += M) {
     each_lane_of<T>(channels, [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
+      fetch(out + lane + next);
       store_as(out + lane, activate<T, kAct>(load<V>(tile + lane)), count);
     });
   }
@@ -49,16 +51,16 @@ void store_activated(const T* tile, int64_t rows, int64_t channels, S* out, int6
 
 template <class T, class S>
 void store_activated(Activation act, const T* tile, int64_t rows, int64_t channels, S* out,
-                     int64_t M) {
+                     int64_t M, int64_t next) {
   switch (act) {
     case Activation::kNone:
-      return store_activated<T, Activation::kNone>(tile, rows, channels, out, M);
+      return store_activated<T, Activation::kNone>(tile, rows, channels, out, M, next);
     case Activation::kRelu:
-      return store_activated<T, Activation::kRelu>(tile, rows, channels, out, M);
+      return store_activated<T, Activation::kRelu>(tile, rows, channels, out, M, next);
     case Activation::kGelu:
-      return store_activated<T, Activation::kGelu>(tile, rows, channels, out, M);
+      return store_activated<T, Activation::kGelu>(tile, rows, channels, out, M, next);
     case Activation::kSilu:
-      return store_activated<T, Activation::kSilu>(tile, rows, channels, out, M);
+      return store_activated<T, Activation::kSilu>(tile, rows, channels, out, M, next);
   }
 }
 
@@ -77,17 +79,17 @@ void run(const ExpandCall& call, const Share& share) {
   team_barrier();
   const S* const x = static_cast<const S*>(call.x);
   S* const out = static_cast<S*>(call.out);
-  each_step(call.N * call.pixels, l.most, share.thread, share.threads,
-            [&](int64_t first, int64_t rows) {
-              l.norm.forward(x + first * call.C, rows, l.n);
-              for (int64_t p = 0; p < l.weight.panels(); ++p) {
-                product<T, false>({l.n.data, l.n.stride(), l.weight.panel(p), call.C, l.tile, rows,
-                                   l.bias + p * P, false},
-                                  l.weight.width(p));
-                store_activated(call.act, l.tile, rows, l.weight.channels(p),
-                                out + first * call.M + p * P, call.M);
-              }
-            });
+  each_step(
+      call.N * call.pixels, l.most, share.thread, share.threads, [&](int64_t first, int64_t rows) {
+        l.norm.forward(x + first * call.C, rows, l.n);
+        for (int64_t p = 0; p < l.weight.panels(); ++p) {
+          product<T, false>({l.n.data, l.n.stride(), l.weight.panel(p), call.C, l.tile, rows,
+                             l.bias + p * P, false},
+                            l.weight.width(p));
+          store_activated(call.act, l.tile, rows, l.weight.channels(p),
+                          out + first * call.M + p * P, call.M, next_panel<T>(p, call.M, rows));
+        }
+      });
 }
 
 template <class T, class S>

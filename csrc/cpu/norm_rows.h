@@ -26,6 +26,16 @@ EMO_INLINE void each_step(int64_t pixels, int64_t most, int thread, int threads,
   for (int64_t p = begin; p < end; p += step) f(p, min(step, end - p));
 }
 
+// From panel p of `rows` pixels of an M wide map to what comes after it: the next panel, or the
+// first one of the next pixels. Its lines are asked for while those of panel p are worked on: far
+// apart as they lie, the hardware fetches none of them ahead.
+template <class T>
+EMO_INLINE int64_t next_panel(int64_t p, int64_t M, int64_t rows) {
+  return (p + 1) * kPanel<T> < M ? kPanel<T> : rows * M - p * kPanel<T>;
+}
+
+EMO_INLINE void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 template <class T>
 struct NormRows {
   Norm norm = Norm::kNone;

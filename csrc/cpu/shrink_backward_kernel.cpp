@@ -88,10 +88,15 @@ struct Panel {
   void differentiate() const {
     S* const dy = c.dy ? static_cast<S*>(c.dy) + first * c.M + m : nullptr;
     S* const dlocal = c.dlocal ? static_cast<S*>(c.dlocal) + first * c.M + m : nullptr;
+    const int64_t next = next_panel<T>(m / P, c.M, rows);
     sum_rows<T>(rows, channels, l.sums + m, l.sums + l.padded + m,
                 [&](int64_t i, int64_t lane, int64_t count, V& a, V& b)
                     __attribute__((always_inline)) {
                       const int64_t at = i * c.M + lane;
+                      fetch(y + at + next);
+                      if (local) fetch(local + at + next);
+                      if (dy) fetch(dy + at + next);
+                      if (dlocal) fetch(dlocal + at + next);
                       const V value = load_as<V>(y + at, count);
                       V t, slope;
                       silu_and_slope<T>(z(value, lane), t, slope);

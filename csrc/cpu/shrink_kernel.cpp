@@ -52,10 +52,13 @@ void activate_panel(const ShrinkCall& c, const Layout<T>& l, int64_t first, int6
   const int64_t m = p * P, channels = min<int64_t>(P, c.M - m);
   const S *y = static_cast<const S*>(c.y), *local = static_cast<const S*>(c.local);
   const T* const gate = static_cast<const T*>(c.gate);
+  const int64_t next = next_panel<T>(p, c.M, rows);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t at = (first + i) * c.M + m;
     const T* const gates = gate ? gate + (first + i) / c.pixels * c.M + m : nullptr;
     each_lane_of<T>(channels, [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
+      fetch(y + at + lane + next);
+      if (local) fetch(local + at + lane + next);
       V v = silu<T>(fma(load_as<V>(y + at + lane, count), load<V>(l.scale + m + lane),
                         load<V>(l.shift + m + lane)));
       if (gates) v *= load_as<V>(gates + lane, count);
