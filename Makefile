@@ -52,7 +52,7 @@ lint: $(STAMPS)/package
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	find csrc python tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(if $(strip $(VENV)),$(VENV)/bin/)clang-format --dry-run --Werror
 
 bench: $(STAMPS)/package $(STAMPS)/peers
