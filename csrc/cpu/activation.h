@@ -1,11 +1,12 @@
 // Activations on vectors: SiLU, GELU (exact erf form), ReLU.
 //
-// fp32 uses short polynomials. Largest errors over a dense sample of all finite floats, against
-// fp64 (tests/test_irmb_cpu.py measures and holds them), u = 2^-24:
-//   exp2 fraction   relative 1.26 u by the fit (degree 5 minimax on [0, 1))
-//   SiLU            absolute <= 4 u * max(|silu(x)|, 1/4)
-//   GELU            absolute <= 6 u * max(|x|, 1/4), and 0 below -5.5
-// fp64 calls the C library lane by lane.
+// fp32 uses short polynomials, fp64 the C library lane by lane. Errors of either, in units u of its
+// roundoff, over a dense sample of all finite floats (tests/test_activation.py holds them):
+//   SiLU          absolute <= 6 u max(|silu(x)|, 1/4)
+//   GELU          absolute <= 4 u max(|x|, 1/4), and 0 far below 0
+//   their slopes  absolute <= 20 u (of 1 - sigmoid(x) times a large x), 5 u
+//   softmax       x times the weight of 2 scores 0 and x: absolute <= 8 u max(|silu(x)|, 1/4)
+//   sigmoid       silu(x) times that of silu(x): absolute <= 10 u max(|of it|, 1/4)
 #pragma once
 
 #include <math.h>
