@@ -443,10 +443,10 @@ def test_pictures(tmp_path: Path) -> None:
     rows.append(memory | {"engines": shares, "memory_share": 0.4})
     rows.append(made_up(replace(TINY, dtype="bf16"), status="failed"))
     drawn = charts.draw_all(rows, tmp_path / "cpu")
-    pictures = ("speed_up", "growth", "memory", "roofline")
+    pictures = ("speed_up_1thr", "growth", "memory", "roofline")
     assert [p.name for p in drawn] == [f"cpu_{n}.{f}" for n in pictures for f in ("png", "svg")]
     assert all(path.stat().st_size > 4000 for path in drawn)
-    assert "stage3.1" in (tmp_path / "cpu_speed_up.svg").read_text()
+    assert "3.1 b2" in (tmp_path / "cpu_roofline.svg").read_text()
     assert charts.draw_all([], tmp_path / "none") == []
 
 
@@ -455,7 +455,7 @@ def test_the_page_holds_everything(tmp_path: Path) -> None:
     kept = results.Results(path)
     kept.put(made_up(TINY, absent={"onnxruntime": "<none>"}))
     written = report.write(path)
-    assert [p.name for p in written[:2]] == ["cpu_speed_up.png", "cpu_speed_up.svg"]
+    assert [p.name for p in written[:2]] == ["cpu_speed_up_1thr.png", "cpu_speed_up_1thr.svg"]
     page = written[-1].read_text()
     assert page.count("<svg") == 2  # and the roofline
     assert "onnxruntime is absent: &lt;none&gt;" in page

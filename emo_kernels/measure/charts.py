@@ -19,7 +19,8 @@ from emo_kernels.measure.tables import engines_of, title
 
 WIDTH = 8.3  # inches: 1000 pixels at the resolution below, 830 or so in a README
 _DPI = 160
-_INK, _FAINT = "#24292f", "#8c959f"
+_INK, _FAINT, _GATE = "#24292f", "#8c959f", "#cf222e"
+_LEGEND: dict[str, Any] = {"loc": "outside upper left", "ncols": 7, "frameon": False, "fontsize": 8}
 _COLOURS = {
     OURS: "#d1570b",
     "eager": "#8c959f",
@@ -32,12 +33,29 @@ _COLOURS = {
 
 def draw_all(rows: list[Row], stem: Path) -> list[Path]:
     """Every picture that the rows allow, as ``<stem>_<picture>.png`` and ``.svg``."""
-    drawn = []
-    for name, draw in _PICTURES.items():
-        figure = draw([row for row in rows if row["status"] == "ok"])
-        if figure is not None:
-            drawn += [_save(figure, stem.with_name(f"{stem.name}_{name}.{f}")) for f in _FORMATS]
-    return drawn
+    rows = [row for row in rows if row["status"] == "ok"]
+    figures: dict[str, Figure | None] = {
+        f"speed_up{name}": speed_up(group) for name, group in _tables(rows).items()
+    }
+    figures |= {"growth": growth(rows), "memory": memory(rows), "roofline": roofline(rows)}
+    return [
+        _save(figure, stem.with_name(f"{stem.name}_{name}.{suffix}"))
+        for name, figure in figures.items()
+        if figure is not None
+        for suffix in _FORMATS
+    ]
+
+
+def _tables(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows of whole models by threads and instruction set, the gated ones where there are any."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        case = row["case"]
+        if "ratio" in row and not case["block"]:
+            isa = f"_{case['isa']}" if case["isa"] else ""
+            groups.setdefault(f"_{case['threads']}thr{isa}", []).append(row)
+    gated = {name: [row for row in group if row.get("gate")] for name, group in groups.items()}
+    return {name: gated[name] or group for name, group in groups.items()}
 
 
 _FORMATS = ("png", "svg")
@@ -57,13 +75,11 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def speed_up(rows: list[Row]) -> Figure | None:
+def speed_up(rows: list[Row]) -> Figure:
     """How many times as long each peer takes, a group of bars for each row."""
-    rows = [row for row in rows if "ratio" in row]
-    if not rows:
-        return None
     engines = [name for name in engines_of(rows) if name != OURS]
-    height = 0.9 + sum(0.16 * len(_peers(row)) + 0.22 for row in rows)
+    bars = sum(len(milliseconds(row)) - 1 for row in rows)
+    height = 1.1 + 0.15 * bars + 0.2 * len(rows)
     axes = _axes(height, "Speed-up over each peer", "time of the peer / time of emo_kernels")
     y, ticks, labelled = 0.0, [], set()
     for row in rows:
@@ -76,20 +92,16 @@ def speed_up(rows: list[Row]) -> Figure | None:
             axes.text(ratio, y, f" {ratio:.2f}×", va="center", fontsize=7.5, color=_INK)
             y += 1
         if row.get("gate"):
-            axes.plot([row["gate"]] * 2, [top - 0.5, y - 0.5], color="#cf222e", linewidth=1.4)
+            label = None if "gate" in labelled else "gate"
+            labelled.add("gate")
+            gate = [row["gate"]] * 2
+            axes.plot(gate, [top - 0.5, y - 0.5], color=_GATE, linewidth=1.4, label=label)
         ticks.append(((top + y - 1) / 2, row["name"]))
         y += 1.3
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=8)
     axes.axvline(1, color=_INK, linewidth=1)
     axes.set_ylim(y - 0.8, -0.9)
-    axes.margins(x=0.1)
-    axes.grid(axis="x", color="#d8dee4", linewidth=0.7)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    return axes.figure  # type: ignore[return-value]
-
-
-def _peers(row: Row) -> list[str]:
-    return [name for name in milliseconds(row) if name != OURS]
+    return _finished(axes)
 
 
 def growth(rows: list[Row]) -> Figure | None:
@@ -113,13 +125,15 @@ def growth(rows: list[Row]) -> Figure | None:
             ]
             axes.plot(*zip(*points, strict=True), "o-", ms=3, color=_COLOURS.get(engine, _INK))
             axes.lines[-1].set_label(title(engine))
-        axes.set(xscale="log", yscale="log", xlabel=name)
+        axes.set(xscale="log", yscale="log" if name != "batch" else "linear", xlabel=name)
         axes.set_xticks([what(row) for row in series], [str(what(row)) for row in series])
         axes.minorticks_off()
+        if name == "batch":
+            axes.set_ylim(bottom=0)
         _frame(
             axes, "ms an image", series[0]["name"].replace(_varying(name, series[0]), "").strip()
         )
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), **_LEGEND)
     return figure
 
 
@@ -164,10 +178,7 @@ def memory(rows: list[Row]) -> Figure | None:
             axes.text(value, place, f" {value:.0f} ({value / eager:.2f}×)", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.grid(axis="x", color="#d8dee4", linewidth=0.7)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    return axes.figure  # type: ignore[return-value]
+    return _finished(axes)
 
 
 def roofline(rows: list[Row]) -> Figure | None:
@@ -195,9 +206,7 @@ def roofline(rows: list[Row]) -> Figure | None:
         label = f" {row['case']['block'].removeprefix('stage')} b{row['case']['batch']}"
         axes.annotate(label, (x, _gflops(row, OURS)), fontsize=6.5, color=_INK)
     axes.set(xscale="log", yscale="log")
-    axes.grid(color="#d8dee4", linewidth=0.5)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    return axes.figure  # type: ignore[return-value]
+    return _finished(axes)
 
 
 def _gflops(row: Row, engine: str) -> float:
@@ -212,17 +221,19 @@ def _axes(height: float, heading: str, subtitle: str) -> Axes:
     return axes
 
 
+def _finished(axes: Axes) -> Figure:
+    """Room for the numbers beside the bars, a grid, and the legend above all."""
+    axes.margins(x=0.12)
+    axes.grid(axis="x", color="#d8dee4", linewidth=0.7)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.legend(*axes.get_legend_handles_labels(), **_LEGEND)
+    return figure
+
+
 def _frame(axes: Axes, heading: str, subtitle: str) -> None:
     axes.set_title(heading, loc="left", fontsize=11, fontweight="bold", color=_INK)
     axes.set_title(subtitle, loc="right", fontsize=8, color=_FAINT)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, colors=_INK)
-
-
-_PICTURES: dict[str, Callable[[list[Row]], Figure | None]] = {
-    "speed_up": speed_up,
-    "growth": growth,
-    "memory": memory,
-    "roofline": roofline,
-}
