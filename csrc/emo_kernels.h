@@ -87,6 +87,22 @@ struct PixelsCall {
   int threads = 1;
 };
 
+// Between the passes of a batch norm over `count` pixels; vectors in the type computed in.
+//   coefficients null   affine = scale, shift, mean, 1 / sqrt(var + eps) from the sums of kSums;
+//   the
+//                       running statistics move
+//   else                coefficients = c1, c2, c3, mean of kBatchNormBackward from affine and
+//                       sums = sum dz, sum dz xhat; null: with the running statistics
+struct BatchNormCall {
+  DType dtype = DType::kFloat32;
+  const double* sums = nullptr;                                     // (2, C)
+  const void *pivot = nullptr, *weight = nullptr, *bias = nullptr;  // (C,)
+  void *running_mean = nullptr, *running_var = nullptr;             // (C,)
+  void *affine = nullptr, *coefficients = nullptr;                  // (4, C)
+  int64_t C = 0;
+  double count = 0.0, momentum = 0.0, eps = 0.0;
+};
+
 // y = w * x, and sums = sum (y - pivot), sum (y - pivot)^2.
 struct DepthwiseCall {
   DType dtype = DType::kFloat32;
@@ -202,6 +218,7 @@ struct AttentionBackwardCall {
 };
 
 void pixels(const PixelsCall& call);
+void batch_norm(const BatchNormCall& call);
 void depthwise_conv2d(const DepthwiseCall& call);
 void depthwise_conv2d_backward(const DepthwiseBackwardCall& call);
 void expand(const ExpandCall& call);

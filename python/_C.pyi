@@ -63,6 +63,14 @@ def bind_call(
 def pixels(
     dtype: int, op: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int
 ) -> None: ...
+def batch_norm(
+    dtype: int,
+    pointers: tuple[int, ...],
+    channels: int,
+    count: float,
+    momentum: float,
+    eps: float,
+) -> None: ...
 def depthwise_conv2d(
     dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int
 ) -> None: ...

@@ -156,6 +156,19 @@ void pixels(int dtype, int op, const py::tuple& pointers, const py::tuple& sizes
   cpu::pixels(c);
 }
 
+void batch_norm(int dtype, const py::tuple& pointers, int64_t channels, double count,
+                double momentum, double eps) {
+  cpu::BatchNormCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.sums, c.pivot, c.weight, c.bias, c.running_mean, c.running_var, c.affine,
+            c.coefficients);
+  c.C = channels;
+  c.count = count;
+  c.momentum = momentum;
+  c.eps = eps;
+  cpu::batch_norm(c);
+}
+
 void depthwise_conv2d(int dtype, const py::tuple& pointers, const py::tuple& sizes, int threads) {
   cpu::DepthwiseCall c;
   c.dtype = static_cast<emo_kernels::DType>(dtype);
@@ -271,6 +284,7 @@ PYBIND11_MODULE(_C, m) {
     emo_kernels::python::output_pool().clear();
   });
   m.def("pixels", &pixels);
+  m.def("batch_norm", &batch_norm);
   m.def("depthwise_conv2d", &depthwise_conv2d);
   m.def("depthwise_conv2d_backward", &depthwise_conv2d_backward);
   m.def("expand", &expand);

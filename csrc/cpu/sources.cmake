@@ -26,7 +26,7 @@ set(EMO_WARNINGS -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
 set(EMO_CPU_KERNELS irmb pixels depthwise_conv2d depthwise_conv2d_backward expand expand_backward
     shrink shrink_backward window_attention window_attention_backward)
 set(EMO_CPU_KERNELS_avx512bf16 irmb) # what has bfloat16 products; the rest runs as avx512
-add_library(emo_kernels_cpu STATIC csrc/cpu/irmb.cpp csrc/cpu/irmb_plan.cpp csrc/cpu/isa.cpp csrc/cpu/threads.cpp
+add_library(emo_kernels_cpu STATIC csrc/cpu/batch_norm.cpp csrc/cpu/irmb.cpp csrc/cpu/irmb_plan.cpp csrc/cpu/isa.cpp csrc/cpu/threads.cpp
     csrc/cpu/training.cpp)
 target_include_directories(emo_kernels_cpu PUBLIC csrc)
 target_compile_options(emo_kernels_cpu PRIVATE ${EMO_OPTIMIZATION} ${EMO_WARNINGS})

@@ -1,12 +1,10 @@
-"""Batch norm of a training step: launchers of the sums and of the gradient over the pixels.
-
-What is left between them is (C,) wide, and plain torch in float64.
-"""
+"""Batch norm of a training step: launchers of its passes over a map and of what lies between."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
@@ -41,22 +39,19 @@ def batch_norm_finalize(
     dtype: torch.dtype,
 ) -> Tensor:
     """(4, C): scale, shift, mean, 1 / sqrt(var + eps); moves the running statistics in place."""
-    n = count if global_count is None else global_count.double()
-    mean = sums[0] / n
-    var = torch.addcmul(sums[1] / n, mean, mean, value=-1.0).clamp_min_(0.0)
-    if pivot is not None:
-        mean += pivot
-    for running, new in ((running_mean, mean), (running_var, var * (n / (n - 1)))):
-        if running is not None:
-            running.copy_(torch.lerp(running.double(), new, momentum))
-    invstd = torch.rsqrt(var + eps)
     affine = torch.empty((4, sums.shape[1]), dtype=dtype)
-    scale = invstd if weight is None else invstd * weight
-    shift = -mean * scale
-    affine[0] = scale
-    affine[1] = shift if bias is None else shift + bias
-    affine[2] = mean
-    affine[3] = invstd
+    vectors = [layout.dense(t, dtype) for t in (pivot, weight, bias, running_mean, running_var)]
+    sums = sums.contiguous()  # float64, as the kernels write them
+    pointers = layout.addresses(sums, *vectors, affine, None)
+    n = float(count if global_count is None else global_count)
+    _C.batch_norm(layout.DTYPES[dtype], pointers, sums.shape[1], n, momentum, eps)
+    for running, moved in zip((running_mean, running_var), vectors[3:], strict=True):
+        if running is None or moved is None:
+            continue
+        if moved is running:
+            increment_version(running)
+        else:
+            running.copy_(moved)
     return affine
 
 
@@ -68,15 +63,12 @@ def batch_norm_backward_finalize(
     batch_statistics: bool,
 ) -> Tensor:
     """(4, C): c1, c2, c3, mean of dx = c1 dz + c2 (x - mean) + c3."""
-    scale, _, mean, invstd = affine
-    coefficients = torch.zeros_like(affine)
-    coefficients[0] = scale
-    coefficients[3] = mean
-    if batch_statistics:
-        n = count if global_count is None else global_count.double()
-        means = sums * scale.double() / -n
-        coefficients[1] = means[1] * invstd
-        coefficients[2] = means[0]
+    coefficients = torch.empty_like(affine)
+    known = sums.contiguous() if batch_statistics else None
+    vectors = (None,) * 5
+    pointers = layout.addresses(known, *vectors, affine, coefficients)
+    n = float(count if global_count is None else global_count)
+    _C.batch_norm(layout.DTYPES[affine.dtype], pointers, affine.shape[1], n, 0.0, 0.0)
     return coefficients
 
 

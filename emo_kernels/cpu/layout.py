@@ -60,8 +60,10 @@ def like(values: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     if values is None or parameter is None:
         return None
     values = values.reshape(parameter.shape)
-    if values.dtype == parameter.dtype and values.stride() == parameter.stride():
-        return values
+    strides = zip(values.shape, values.stride(), parameter.stride(), strict=True)
+    same_places = all(size == 1 or ours == theirs for size, ours, theirs in strides)
+    if values.dtype == parameter.dtype and same_places:
+        return values.as_strided(parameter.shape, parameter.stride())
     return torch.empty_like(parameter).copy_(values)
 
 
