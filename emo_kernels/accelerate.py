@@ -152,8 +152,13 @@ class AcceleratedForward:
             return own_forward(self.block, x)
         weights = reading.weights()
         autocast = torch.is_autocast_enabled(x.device.type)
-        if reading.batch_dependent or autocast or needs_gradient((x, *weights)):
-            out = train(x, weights, reading, backends.requested(self.backend), self._link)
+        differentiated = reading.batch_dependent or needs_gradient((x, *weights))
+        if autocast or differentiated:
+            out = None
+            if eager and not differentiated:
+                out = self._infer_under_autocast(x, weights, reading.spec)
+            if out is None:
+                out = train(x, weights, reading, backends.requested(self.backend), self._link)
             if out is not None:
                 return out
             if reading.batch_dependent or autocast:
@@ -162,6 +167,27 @@ class AcceleratedForward:
         if eager and not torch.is_grad_enabled() and not runs_standard_operators(x):
             self._bind(x, weights, reading)
         return out
+
+    def _infer_under_autocast(
+        self, x: Tensor, weights: IRMBWeights, spec: IRMBSpec
+    ) -> Tensor | None:
+        """By a backend that has one kernel for the block; ``None`` where none has.
+
+        It gives a map of autocast's dtype: what eager gives but where a wider map is added to it.
+        """
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device)
+        widens = weights.gamma is not None or (spec.skip and x.dtype != dtype)
+        if widens or runs_standard_operators(x):
+            return None
+        requested = backends.requested(self.backend)
+        x = x.to(dtype)
+        for name in backends.candidates("irmb", device) if requested is None else (requested,):
+            if name == "reference" or backends.why_not(name, "irmb", device, x, weights, spec):
+                continue
+            if not backends.composes(name, "irmb"):
+                return ops.irmb(x, weights, spec, backend=name)
+        return None
 
     def _call(self, x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
         """Choose the backend, or obey, and run the operator."""

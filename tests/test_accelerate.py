@@ -336,10 +336,21 @@ def test_jit_trace(twins, x):
         torch.testing.assert_close(torch.jit.trace(fast, x)(x), plain(x), **CLOSE)
 
 
-def test_autocast_runs_as_before(twins, x):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_inference_under_autocast(twins, x, dtype, cpu_kernels):
+    """As near fp64 as eager, and of its dtype; by the block's kernel where nothing is wider."""
     plain, fast = twins
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fast(x), plain(x))
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
+            found = fast(x.to(dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = plain(x.to(dtype))
+    assert found.dtype == expected.dtype
+    error, allowed = ((t.double() - exact).norm() for t in (found, expected))
+    assert error <= 1.25 * allowed + 2**-8 * exact.norm()
+    if dtype == torch.bfloat16:
+        assert any(event.key == "emo_kernels::irmb" for event in profile.key_averages())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own

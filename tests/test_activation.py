@@ -172,3 +172,22 @@ def test_special_values(act: str, dtype: torch.dtype) -> None:
         (slope(act, x), exact_slope(function, x)),
     ):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+@pytest.mark.parametrize("act", ["silu", "gelu", "relu", "none"])
+def test_every_bf16_in_the_block(isa: str, act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rounding to bf16 over the bounds that hold before it."""
+    monkeypatch.setenv("EMO_KERNELS_ISA", isa)
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite() & ((x == 0) | (x.float().abs() > 2e-38))]  # products take denormals for zero
+    x = torch.cat([x, x.new_zeros(-len(x) % 64)])
+    got, exact = in_block(act, x).double(), x.double()
+    want = {"silu": F.silu, "gelu": F.gelu, "relu": torch.relu, "none": torch.clone}[act](exact)
+    limit = torch.zeros_like(exact)
+    if act in ("silu", "gelu"):
+        before = 2.0**-12 * want.abs() if act == "silu" else 2.0**-14 * exact.abs()
+        limit = before + 2.0**-8 * (want.abs() + before) + 2.0**-118
+    over = (got - want).abs() - limit
+    worst = int(over.argmax())
+    assert over[worst] <= 0, f"{act}({x[worst]}) = {got[worst]}, not {want[worst]}"

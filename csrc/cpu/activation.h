@@ -7,6 +7,9 @@
 //   their slopes  absolute <= 20 u (of 1 - sigmoid(x) times a large x), 5 u
 //   softmax       x times the weight of 2 scores 0 and x: absolute <= 8 u max(|silu(x)|, 1/4)
 //   sigmoid       silu(x) times that of silu(x): absolute <= 10 u max(|of it|, 1/4)
+// Where bfloat16 is all that becomes of the result (kShort), with AVX-512, before its rounding:
+//   SiLU          relative <= 2^-12
+//   GELU          absolute <= 2^-14 |x|, and 0 below -4
 #pragma once
 
 #include <math.h>
@@ -66,6 +69,22 @@ EMO_INLINE __m256 exp2_any(__m256 t) {
 }
 #endif
 
+#if defined(EMO_ISA_AVX512)
+// 2^t to a relative 2^-13.7: degree 3 minimax on [0, 1).
+EMO_INLINE __m512 exp2_short(__m512 t) {
+  const __m512 p = polynomial(_mm512_reduce_ps(t, 0x09), 0.9999252185963512f, 0.6958335397796155f,
+                              0.22606715750976042f, 0.07802452117763449f);
+  return _mm512_scalef_ps(p, t);
+}
+EMO_INLINE __m256 exp2_short(__m256 t) {
+  const __m256 p = polynomial(_mm256_reduce_ps(t, 0x09), 0.9999252185963512f, 0.6958335397796155f,
+                              0.22606715750976042f, 0.07802452117763449f);
+  return _mm256_scalef_ps(p, t);
+}
+EMO_INLINE __m512 reciprocal_short(__m512 x) { return _mm512_rcp14_ps(x); }
+EMO_INLINE __m256 reciprocal_short(__m256 x) { return _mm256_rcp14_ps(x); }
+#endif
+
 EMO_INLINE double exponential_of(double x) { return ::exp(x); }
 EMO_INLINE double silu_of(double x) { return x / (1.0 + ::exp(-x)); }
 EMO_INLINE double gelu_of(double x) { return x * (0.5 * (1.0 + ::erf(x * 0.70710678118654752))); }
@@ -86,10 +105,12 @@ EMO_INLINE V exponential(V x) {
   }
 }
 
-template <class T, class V>
+template <class T, bool kShort = false, class V>
 EMO_INLINE V silu(V x) {
   if constexpr (sizeof(T) == 8) {
     return each_lane<silu_of>(x);
+  } else if constexpr (kShort) {
+    return x * reciprocal_short(exp2_short(x * -1.4426950408889634f) + 1.0f);
   } else {
     return x / (exp2_any(x * -1.4426950408889634f) + 1.0f);
   }
@@ -111,23 +132,38 @@ EMO_INLINE V gelu_share(V x) {
   return x < -5.5f ? V{} : phi;
 }
 
-template <class T, class V>
+// The same of degree 7 in s = 2 (x / 4)^2 - 1.
+template <class V>
+EMO_INLINE V gelu_share_short(V x) {
+  V z = x > 4.0f ? splat<V>(4.0f) : x;
+  z = z < -4.0f ? splat<V>(-4.0f) : z;
+  const V s = fma(z * z, splat<V>(2.0f / 16.0f), splat<V>(-1.0f));
+  const V r = polynomial(s, 0.17594291903686549f, -0.08434347079606358f, 0.0561894038345749f,
+                         -0.03671144301491064f, 0.02108503077536376f, -0.012560301439123619f,
+                         0.008699792414272635f, -0.0033151482904024703f);
+  const V phi = fma(z, r, splat<V>(0.5f));
+  return x < -4.0f ? V{} : phi;
+}
+
+template <class T, bool kShort = false, class V>
 EMO_INLINE V gelu(V x) {
   if constexpr (sizeof(T) == 8) {
     return each_lane<gelu_of>(x);
+  } else if constexpr (kShort) {
+    return x * gelu_share_short(x);
   } else {
     return x * gelu_share(x);
   }
 }
 
-template <class T, Activation kAct, class V>
+template <class T, Activation kAct, bool kShort = false, class V>
 EMO_INLINE V activate(V x) {
   if constexpr (kAct == Activation::kRelu) {
     return x < T(0) ? V{} : x;
   } else if constexpr (kAct == Activation::kGelu) {
-    return gelu<T>(x);
+    return gelu<T, kShort>(x);
   } else if constexpr (kAct == Activation::kSilu) {
-    return silu<T>(x);
+    return silu<T, kShort>(x);
   } else {
     return x;
   }

@@ -40,7 +40,7 @@ struct BlockEpilogue {
   EMO_INLINE BlockEpilogue(const DepthwiseRow<T>& r, int64_t l)
       : row(static_cast<const BlockRow<T, E>&>(r)), lane(l) {}
   EMO_INLINE void operator()(V sum, int64_t column) {
-    V y = silu<T>(sum);
+    V y = silu<T, kTerms<E> == 2>(sum);
     if (row.gate) y *= load<V>(row.gate + lane);
     if (row.local) y += load<V>(row.local + column * row.panel + lane);
     store_as(row.out + column * row.panel + lane, y);

@@ -170,7 +170,7 @@ void expand_tile(const ExpandTile<E, R>& tile) {
   alignas(64) T sums[kRows * Shape::kWidth];
   acc.multiply_chunks(tile.a, tile.a_panel_stride, tile.b, tile.K, sums, false, tile.ahead);
   acc.each([&](auto& v, auto i, auto channel) __attribute__((always_inline)) {
-    store_as(tile.ring + tile.offsets[i] + channel, activate<T, kAct>(v));
+    store_as(tile.ring + tile.offsets[i] + channel, activate<T, kAct, kTerms<E> == 2>(v));
   });
 }
 

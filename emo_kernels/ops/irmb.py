@@ -160,6 +160,9 @@ def _check_shapes(size: Shape, present: tuple[tuple[str, Shape], ...], *switches
         )
 
 
+# Maps that weights in fp32 may come with, as under autocast.
+_ROUNDED = (torch.bfloat16, torch.float16)
+
 # An accelerated block passes the same shapes at every call: 3 instead of 25 us.
 _check_shapes_once = lru_cache(maxsize=4096, typed=True)(_check_shapes)
 
@@ -175,7 +178,8 @@ def _check_block(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> None:
         if tensor is None:
             continue
         checks.check_is_tensor("irmb", f"weights.{name}", tensor)
-        if tensor.dtype is not dtype or tensor.device != device:
+        rounded = tensor.dtype is torch.float32 and dtype in _ROUNDED
+        if (tensor.dtype is not dtype and not rounded) or tensor.device != device:
             checks.check_like("irmb", x, f"weights.{name}", tensor)
         shapes.append((name, tuple(tensor.shape)))
     check = _check_shapes if torch.compiler.is_compiling() else _check_shapes_once
@@ -190,7 +194,8 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec, *, backend: str | None
 
     Args:
         x: (N, C, H, W), floating point, any strides; channels_last is the fast layout.
-        weights: the block's tensors; shapes in :class:`emo_kernels.spec.IRMBWeights`.
+        weights: the block's tensors; shapes in :class:`emo_kernels.spec.IRMBWeights`. Of x's dtype,
+            or in fp32 with a map of 16 bits: what autocast computes.
         spec: the block's switches.
         backend: who runs it; ``None`` chooses the best that can.
 

@@ -36,7 +36,8 @@ def irmb(
 
     Args:
         x: (N, C, H, W).
-        weights: the block's tensors.
+        weights: the block's tensors, of x's dtype, or wider than a map of 16 bits: then used as
+            autocast uses them.
         spec: the block's switches.
         batch_statistics: for the batch norm in front and the one behind the convolution, whether
             they take the batch's statistics (and move nothing) or the running ones.
@@ -53,6 +54,10 @@ def irmb(
         >>> irmb(torch.ones(1, 4, 6, 6), weights, IRMBSpec()).shape
         torch.Size([1, 4, 6, 6])
     """
+    device = x.device.type
+    if _rounds_weights(x, weights) and not torch.is_autocast_enabled(device):
+        with torch.autocast(device, x.dtype):
+            return irmb(x, weights, spec, batch_statistics=batch_statistics, drop_scale=drop_scale)
     w = weights
     h = _norm(x, w, spec, batch_statistics[0])
     if spec.head_dim > 0 and spec.op_order == "attn_conv":
@@ -81,6 +86,12 @@ def irmb(
     if drop_scale is not None:
         out = drop_scale[:, None, None, None] * out
     return x + out if spec.skip else out
+
+
+def _rounds_weights(x: Tensor, w: IRMBWeights) -> bool:
+    """Whether a map of 16 bits comes with wider weights."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    return narrow and any(t.dtype != x.dtype for _, t in w.present())
 
 
 def _norm(x: Tensor, w: IRMBWeights, spec: IRMBSpec, batch_statistics: bool) -> Tensor:
