@@ -3,7 +3,8 @@
 //           of a window are zero rows of h: q = bq, k = bk, live keys, dropped as queries.
 // Tiling    one head of one window at a time, queries in blocks of 56; all operands in L2.
 // Traffic   reads x once a thread, writes z once; stage 3 of EMO-5M: 0.25 MB for 27 MFLOP.
-// Numerics  the row maximum is subtracted; exp by the polynomial of activation.h; no atomics.
+// Numerics  the row maximum is subtracted; exp by the polynomial of activation.h; no atomics. Where
+//           the GEMMs multiply bf16, h, q, k, v and the softmax are rounded to it, as in eager.
 // Limits    ungrouped v; any window, head size and map.
 #pragma once
 
