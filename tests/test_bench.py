@@ -384,6 +384,23 @@ def test_rows_of_the_gates() -> None:
         bench_cpu.chosen(["banana"], table)
 
 
+def test_results_are_no_change_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first row saved in bench/results would make every earlier row another commit's."""
+    monkeypatch.setattr(results, "_ROOT", tmp_path)
+    saved, code = tmp_path / "bench" / "results" / "cpu.json", tmp_path / "code.py"
+    saved.parent.mkdir(parents=True)
+    for path in (saved, code):
+        path.write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "one"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    clean = results.commit()
+    saved.write_text("2")
+    assert results.commit() == clean != "unknown"
+    code.write_text("2")
+    assert results.commit() == f"{clean} and changes"
+
+
 def test_files_that_are_no_results(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("[1]")
     with pytest.raises(ValueError, match="holds no rows"):

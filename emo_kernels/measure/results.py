@@ -76,10 +76,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit checked out, and whether files differ from it; ``unknown`` without git."""
+    """The commit checked out, and whether code differs from it; ``unknown`` without git.
+
+    Results and the README that shows them are no code: they change while rows are measured.
+    """
     try:
         head = _git("rev-parse", "--short", "HEAD")
-        return head + (" and changes" if _git("status", "--porcelain", "-uno") else "")
+        code = (".", ":(exclude)bench/results", ":(exclude)README.md")
+        return head + (" and changes" if _git("status", "--porcelain", "-uno", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
