@@ -65,7 +65,17 @@ def _too_old_for_triton(capability: tuple[int, int]) -> str | None:
 
 
 def _no_cuda_kernels() -> str | None:
-    return _compiled_module_missing() or _no_cuda_device()
+    reason = _compiled_module_missing()
+    if reason is not None:
+        return reason
+    proof = importlib.import_module("emo_kernels.cuda.proof")
+    reason = proof.missing() or _no_cuda_device()
+    return reason or proof.not_compiled_for(torch.cuda.get_device_capability())
+
+
+def _cuda_kernels_unproven() -> str | None:
+    proof = importlib.import_module("emo_kernels.cuda.proof")
+    return proof.unproven(torch.cuda.get_device_capability())
 
 
 class _Backend(NamedTuple):
@@ -74,11 +84,12 @@ class _Backend(NamedTuple):
     devices: tuple[str, ...]  # empty: any
     unmet_need: Callable[[], str | None]
     interpreted: bool = False  # in its interpreter it takes CPU tensors, where asked for by name
+    unproven: Callable[[], str | None] = lambda: None  # why it works, but only if asked for by name
 
 
 # In order of preference: the first that supports a call runs it.
 _TABLE: dict[str, _Backend] = {
-    "cuda": _Backend(("cuda",), _no_cuda_kernels),
+    "cuda": _Backend(("cuda",), _no_cuda_kernels, unproven=_cuda_kernels_unproven),
     "triton": _Backend(("cuda",), _no_triton, interpreted=True),
     "cpu": _Backend(("cpu",), _compiled_module_missing),
     "reference": _Backend((), lambda: None),
@@ -105,11 +116,13 @@ def _unavailable(name: str) -> str | None:
 def available_backends() -> dict[str, str | None]:
     """Every backend by name: ``None`` if it is usable here, else the reason why not.
 
+    Kernels that no run on such a GPU has proven yet are not: they run only if asked for by name.
+
     Example:
         >>> available_backends()["reference"] is None
         True
     """
-    return {name: unavailable(name) for name in NAMES}
+    return {name: unavailable(name) or _unproven(name) for name in NAMES}
 
 
 @constant_under_compile
@@ -200,7 +213,7 @@ def why_not(name: str, operator: str, device: str, *args: Any, **options: Any) -
     reason = unavailable(name)
     if reason is not None:
         return reason
-    devices = ("cpu",) if only_by_name(name) else _TABLE[name].devices
+    devices = ("cpu",) if _interpreted(name) else _TABLE[name].devices
     if devices and device not in devices:
         return f"runs on {' or '.join(devices)} tensors, got {device}"
     if not has(name, operator):
@@ -213,9 +226,18 @@ def why_not(name: str, operator: str, device: str, *args: Any, **options: Any) -
 @constant_under_compile
 def only_by_name(name: str) -> str | None:
     """Why backend ``name``, usable or not, is never chosen here unasked; ``None`` if it may be."""
-    if _TABLE[name].interpreted and _interpreting():
+    if _interpreted(name):
         return "TRITON_INTERPRET=1 interprets its kernels: slow, and only if asked for by name"
-    return None
+    return _unproven(name)
+
+
+def _interpreted(name: str) -> bool:
+    return _TABLE[name].interpreted and _interpreting()
+
+
+@cache
+def _unproven(name: str) -> str | None:
+    return _TABLE[name].unproven() if _unavailable(name) is None else None
 
 
 @constant_under_compile

@@ -93,3 +93,36 @@ def window_attention(
 def window_attention_backward(
     dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float, threads: int
 ) -> None: ...
+def cuda_sources() -> str: ...
+
+# Pointers of a call: an address, or (address, dtype) where any dtype is taken.
+_Pointers = tuple[int | tuple[int, int], ...]
+
+def cuda_depthwise_conv2d_scratch(
+    dtype: int, pointers: _Pointers, sizes: tuple[int, ...]
+) -> int: ...
+def cuda_depthwise_conv2d(
+    dtype: int,
+    pointers: _Pointers,
+    sizes: tuple[int, ...],
+    scratch: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_depthwise_conv2d_walk(
+    dtype: int, pointers: _Pointers, sizes: tuple[int, ...], scratch: int
+) -> None: ...
+def cuda_depthwise_conv2d_backward_scratch(
+    dtype: int, pointers: _Pointers, sizes: tuple[int, ...]
+) -> int: ...
+def cuda_depthwise_conv2d_backward(
+    dtype: int,
+    pointers: _Pointers,
+    sizes: tuple[int, ...],
+    scratch: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_depthwise_conv2d_backward_walk(
+    dtype: int, pointers: _Pointers, sizes: tuple[int, ...], scratch: int
+) -> None: ...

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bound_call.h"
+#include "cuda_bindings.h"
 #include "emo_kernels.h"
 #include "output_pool.h"
 
@@ -293,4 +294,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("shrink_backward", &shrink_backward);
   m.def("window_attention", &window_attention);
   m.def("window_attention_backward", &window_attention_backward);
+  cuda::bind(m);
 }

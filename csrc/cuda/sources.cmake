@@ -1,6 +1,9 @@
-# The CUDA kernels, compiled when nvcc is there. Without it device.cpp answers that there are none.
+# The CUDA kernels, compiled when nvcc is there. Without it device_absent.cpp answers that there are
+# none. Their walk on the host is in every build.
 
-set(EMO_CUDA "$ENV{EMO_CUDA}")
+if(NOT DEFINED EMO_CUDA) # -DEMO_CUDA=... counts before the environment
+  set(EMO_CUDA "$ENV{EMO_CUDA}")
+endif()
 if(EMO_CUDA STREQUAL "")
   set(EMO_CUDA AUTO)
 endif()
@@ -24,8 +27,24 @@ else()
   endif()
 endif()
 
-add_library(emo_kernels_cuda STATIC)
+# What a proof of the kernels on a GPU holds for: a hash of their sources.
+file(GLOB EMO_CUDA_FILES CONFIGURE_DEPENDS csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
+list(SORT EMO_CUDA_FILES)
+set(EMO_CUDA_SOURCES "")
+foreach(file IN LISTS EMO_CUDA_FILES)
+  file(SHA256 ${file} hash)
+  string(APPEND EMO_CUDA_SOURCES ${hash})
+endforeach()
+string(SHA256 EMO_CUDA_SOURCES "${EMO_CUDA_SOURCES}")
+string(SUBSTRING ${EMO_CUDA_SOURCES} 0 16 EMO_CUDA_SOURCES)
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${EMO_CUDA_FILES})
+
+add_library(emo_kernels_cuda STATIC csrc/cuda/depthwise_conv2d_walk.cpp)
 target_include_directories(emo_kernels_cuda PUBLIC csrc)
+# The walk's numbers are the kernels': only what is written as a fused product is one. Memory is
+# read as pairs of elements.
+set_source_files_properties(csrc/cuda/depthwise_conv2d_walk.cpp PROPERTIES COMPILE_OPTIONS
+  "-O1;-Wall;-Wextra;-Wno-unknown-pragmas;-ffp-contract=off;-fno-strict-aliasing")
 if(EMO_CUDA_STATUS STREQUAL "")
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   set(archs "$ENV{EMO_CUDA_ARCHITECTURES}")
@@ -49,10 +68,12 @@ if(EMO_CUDA_STATUS STREQUAL "")
   list(REMOVE_DUPLICATES archs)
   set(CMAKE_CUDA_ARCHITECTURES ${archs})
   enable_language(CUDA)
-  target_sources(emo_kernels_cuda PRIVATE csrc/cuda/device.cu)
+  target_sources(emo_kernels_cuda PRIVATE csrc/cuda/device.cu csrc/cuda/depthwise_conv2d.cu
+    csrc/cuda/depthwise_conv2d_backward.cu)
   set_target_properties(emo_kernels_cuda PROPERTIES CUDA_STANDARD 17 CUDA_ARCHITECTURES "${archs}"
     CUDA_RUNTIME_LIBRARY Static)
-  target_compile_options(emo_kernels_cuda PRIVATE -O3 $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all>)
+  target_compile_options(emo_kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3>
+    $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false> $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all>)
 else()
   target_sources(emo_kernels_cuda PRIVATE csrc/cuda/device_absent.cpp)
 endif()

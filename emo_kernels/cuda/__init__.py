@@ -1,0 +1,15 @@
+"""CUDA C++ kernels: thin launchers over what is compiled into ``emo_kernels._C``."""
+
+from emo_kernels.cuda.depthwise_conv2d import (
+    depthwise_conv2d,
+    depthwise_conv2d_backward,
+    depthwise_conv2d_statistics,
+    depthwise_conv2d_unsupported,
+)
+
+__all__ = [
+    "depthwise_conv2d",
+    "depthwise_conv2d_backward",
+    "depthwise_conv2d_statistics",
+    "depthwise_conv2d_unsupported",
+]

@@ -1,0 +1,90 @@
+// The CUDA kernels and their walk on the host, as emo_kernels/cuda calls them.
+#include "cuda_bindings.h"
+
+#include <pybind11/pybind11.h>
+
+#include "emo_kernels.h"
+
+namespace py = pybind11;
+
+namespace emo_kernels::cuda {
+namespace {
+
+template <class P>
+void point(P*& target, const py::handle& address) {
+  target = reinterpret_cast<P*>(address.cast<uintptr_t>());
+}
+
+void point(Vector& target, const py::handle& pair) {
+  const auto both = pair.cast<std::pair<uintptr_t, int>>();
+  target = {reinterpret_cast<const void*>(both.first), static_cast<DType>(both.second)};
+}
+
+// Fills what a call points at, and its sizes, in the order given.
+template <class... Ps>
+void point_all(const py::tuple& pointers, Ps&... targets) {
+  if (pointers.size() != sizeof...(Ps)) throw std::invalid_argument("wrong number of pointers");
+  size_t i = 0;
+  (point(targets, pointers[i++]), ...);
+}
+
+template <class Call>
+void size_all(const py::tuple& sizes, Call& call) {
+  int64_t* const targets[] = {&call.N, &call.C,      &call.H,       &call.W,
+                              &call.K, &call.stride, &call.padding, &call.dilation};
+  if (sizes.size() != 8) throw std::invalid_argument("wrong number of sizes");
+  for (size_t i = 0; i < 8; ++i) *targets[i] = sizes[i].cast<int64_t>();
+}
+
+DepthwiseCall forward_call(int dtype, const py::tuple& pointers, const py::tuple& sizes) {
+  DepthwiseCall call;
+  call.dtype = static_cast<DType>(dtype);
+  point_all(pointers, call.x, call.weight, call.pivot, call.y, call.sums);
+  size_all(sizes, call);
+  return call;
+}
+
+DepthwiseBackwardCall backward_call(int dtype, const py::tuple& pointers, const py::tuple& sizes) {
+  DepthwiseBackwardCall call;
+  call.dtype = static_cast<DType>(dtype);
+  point_all(pointers, call.grad, call.x, call.weight, call.y, call.coefficients, call.local_grad,
+            call.dx, call.dweight);
+  size_all(sizes, call);
+  return call;
+}
+
+// Three functions of an operator: the scratch it needs, its launch, its walk.
+template <class Call>
+void define(py::module_& m, const std::string& name,
+            Call (*make)(int, const py::tuple&, const py::tuple&), void (*launch)(const Call&),
+            void (*walk)(const Call&)) {
+  m.def(("cuda_" + name + "_scratch").c_str(),
+        [=](int dtype, const py::tuple& pointers, const py::tuple& sizes) {
+          return scratch_bytes(make(dtype, pointers, sizes));
+        });
+  m.def(("cuda_" + name).c_str(), [=](int dtype, const py::tuple& pointers, const py::tuple& sizes,
+                                      uintptr_t scratch, int device, uintptr_t stream) {
+    Call call = make(dtype, pointers, sizes);
+    call.target = {device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(scratch)};
+    py::gil_scoped_release unlocked;
+    launch(call);
+  });
+  m.def(("cuda_" + name + "_walk").c_str(),
+        [=](int dtype, const py::tuple& pointers, const py::tuple& sizes, uintptr_t scratch) {
+          Call call = make(dtype, pointers, sizes);
+          call.target.scratch = reinterpret_cast<void*>(scratch);
+          py::gil_scoped_release unlocked;
+          walk(call);
+        });
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  m.def("cuda_sources", [] { return EMO_CUDA_SOURCES; });
+  define(m, "depthwise_conv2d", &forward_call, &launch_depthwise_conv2d, &walk_depthwise_conv2d);
+  define(m, "depthwise_conv2d_backward", &backward_call, &launch_depthwise_conv2d_backward,
+         &walk_depthwise_conv2d_backward);
+}
+
+}  // namespace emo_kernels::cuda
