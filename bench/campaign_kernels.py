@@ -70,7 +70,7 @@ def _compare(call: Call) -> dict[str, Any]:
     plain = _outcome(theirs, call, lambda name, t: t.to(dtype) if name in rounded else t)
     oracle = _outcome(theirs, call, lambda name, t: t.double())
     shares = {
-        name: _share_of_tolerance(got, plain[name], exact, dtype)
+        name: share_of_tolerance(got, plain[name], exact, dtype)
         for name, exact in oracle.items()
         if (got := actual.get(name)) is not None
     }
@@ -95,7 +95,7 @@ def _map_dtype(call: Call) -> torch.dtype:
     return next((spec.dtype for spec in maps), torch.float32)
 
 
-def _share_of_tolerance(got: Tensor, plain: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
+def share_of_tolerance(got: Tensor, plain: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
     """How much of what the rule allows a result uses; infinite where it has a NaN of its own."""
     u = torch.finfo(dtype).eps / 2
     l2_factor, max_factor = (2.0, 4.0) if dtype == torch.float32 else (1.25, 2.0)

@@ -27,6 +27,7 @@ SOURCES = {
     "baseline": _BASELINE,
     "kernels": ("emo_kernels", "bench/campaign_variants.py", "bench/campaign_kernels.py"),
     "tests": ("emo_kernels", "tests"),
+    "cuda": ("csrc/cuda", "emo_kernels/cuda", "bench/campaign_cuda.py"),
 }
 Save = Callable[[dict[str, Any]], None]
 State = dict[str, Any]
@@ -70,6 +71,7 @@ PARTS = [
     Part("ours emo_5m train", 150, 40),
     Part("check emo_5m train bf16 autocast", 90, 20),
     Part("kernels emo_5m train", 75, 25),
+    Part("cuda depthwise", 120, 40, sources="cuda"),
     *_compile("emo_5m", "train", 150),
     Part("infer emo_5m", 100, 30),
     Part("profile emo_5m train", 45, 20),
@@ -122,6 +124,11 @@ def run_part(name: str, context: Context) -> dict[str, Any]:
         return _tests(words[0], context)
     if kind == "environment":
         return _environment(context.place)
+    if kind == "cuda":
+        import campaign_cuda
+
+        commit = str(context.state.get("commit", "unknown"))
+        return campaign_cuda.prove(context.place, context.out, commit, context.save)
     if kind in ("check", "kernels", "profile"):
         return _kernel_part(kind, words, context)
     if kind == "infer" or words[1:2] == ["infer"]:

@@ -115,7 +115,8 @@ def _part(data: dict[str, Any]) -> list[str]:
         errors = [f"- `{error}`" for error in data["errors"][:20]]
         return [f"{data['passed']} passed, {len(failed)} failed{ended}.", *failed, *errors]
     if "failed" in data:
-        return _checks(data["rows"])
+        rivals = ["", *_rivals(data["timings"])] if data.get("timings") else []
+        return [*_checks(data["rows"]), *[data[k] for k in ("proof",) if k in data], *rivals]
     if "rows" in data:
         notes = [f"- {note}" for note in data.get("notes", [])]
         return [*notes, *_functions(data["rows"]), "", *_calls(data["rows"])]
@@ -185,6 +186,21 @@ def _checks(rows: Iterable[dict[str, Any]]) -> list[str]:
     ]
     headers = ("function", "dtype", "calls", "right", "largest share of the tolerance")
     return [*_table(headers, table), "", *failures[:40]]
+
+
+def _rivals(timings: list[dict[str, Any]]) -> list[str]:
+    """Microseconds of ours and of whatever computes the same; ours over the best of PyTorch."""
+    names = list(dict.fromkeys(name for row in timings for name in row["ms"]))
+    table = []
+    for row in timings:
+        ms = row["ms"]
+        others = [value for name, value in ms.items() if name not in ("cuda", "triton")]
+        ratio = f"x{min(others) / ms['cuda']:.2f}" if others and ms.get("cuda") else ""
+        rate = f"{row['bytes'] / ms['cuda'] / 1e6:.0f}" if ms.get("cuda") else ""
+        times = [f"{1e3 * ms[name]:.1f}" if name in ms else "" for name in names]
+        table.append((row["layer"], row["function"], *times, ratio, rate))
+    headers = ("layer", "function", *(f"{name} us" for name in names), "over PyTorch", "GB/s")
+    return _table(headers, table)
 
 
 def _failure(row: dict[str, Any]) -> str:

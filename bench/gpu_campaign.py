@@ -47,7 +47,7 @@ DRY_LIMIT = 300.0
 
 
 def fingerprint(sources: tuple[str, ...]) -> str:
-    """A hash of the Python sources of these places, and of the versions they run on."""
+    """A hash of the sources of these places, and of the versions they run on."""
     digest = hashlib.sha256()
     for package in ("torch", "triton"):
         try:
@@ -56,7 +56,8 @@ def fingerprint(sources: tuple[str, ...]) -> str:
             digest.update(f"no {package};".encode())
     for place in sources:
         path = ROOT / place
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        found = [f for f in sorted(path.rglob("*.*")) if f.suffix in (".py", ".h", ".cu", ".cuh")]
+        for file in found if path.is_dir() else [path]:
             digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "emo_kernels.h"
+#include "emo_kernels_cuda.h"
 
 namespace py = pybind11;
 

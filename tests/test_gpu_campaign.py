@@ -72,6 +72,7 @@ def test_a_dry_run_is_resumed(tmp_path: Path) -> None:
         "infer emo_5m",
         "profile emo_5m train",
         "tests fp32",
+        "cuda depthwise",
     ],
 )
 def test_every_kind_of_part(tmp_path: Path, kind: str) -> None:
@@ -256,7 +257,7 @@ def test_other_results_and_other_kernels_are_flagged() -> None:
 
 
 def test_every_part_is_of_a_known_kind_and_variant() -> None:
-    kinds = {"environment", "tests", "check", "kernels", "profile", "infer"}
+    kinds = {"environment", "tests", "check", "kernels", "profile", "infer", "cuda"}
     kinds |= {"eager", "ours", "compile", "ours-compiled"}
     names = [part.name for part in campaign_parts.PARTS]
     assert len(set(names)) == len(names)

@@ -85,6 +85,8 @@ template <class T, int K, int S, int kStrip>
 class Backward {
  public:
   using Args = BackwardArgs<T>;
+  // So that two blocks share a multiprocessor's registers.
+  static constexpr int kBlockThreads = K == 5 ? 192 : kThreads;
 
   EMO_KERNEL Backward(const Args& args, const Place& place, void* shared)
       : args_(args),
@@ -332,10 +334,10 @@ class Backward {
 
   EMO_KERNEL void store(int phase, int t) {
     const Geometry& g = args_.g;
-    // S i + u - P on the lattice: row0_ and col0_ are those of dy, the columns' kLead before h = 0.
-    const int strip_col = strip_ * kStrip + kLead;
-    const int col0 = S * (col0_ - tile_.lattice_col + g.D * strip_col) + tile_.lattice_col - g.P;
-    const int dx_row0 = S * (row0_ - tile_.lattice_row + g.D * t) + tile_.lattice_row - g.P;
+    // Group i of rows begins at S i - P: row0_ + D t is i, or where it lies on its lattice if S
+    // = 1. The buffer begins kLead columns before the strips.
+    const int col0 = S * (col0_ + g.D * (strip_ * kStrip + kLead)) - g.P;
+    const int dx_row0 = S * (row0_ + g.D * t) - g.P;
 #pragma unroll
     for (int u = 0; u < S; ++u) {
       const int row = dx_row0 + g.D * u;

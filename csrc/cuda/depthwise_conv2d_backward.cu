@@ -4,7 +4,7 @@
 namespace emo_kernels::cuda {
 
 template <class Program>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(Program::kBlockThreads, 2)
     depthwise_conv2d_bwd_kernel(const typename Program::Args args) {
   run_block<Program>(args);
 }

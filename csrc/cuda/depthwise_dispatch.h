@@ -104,6 +104,7 @@ int64_t forward_of(const ForwardArgs<T>& args, const DepthwiseCall& call, Launch
   const Task task{g.N,
                   g.C,
                   2,
+                  kThreads,
                   1,
                   g.D,
                   static_cast<int>(ceil_div(g.HO, g.D)),
@@ -127,7 +128,7 @@ int64_t forward_in(const DepthwiseCall& call, Launcher& launcher) {
     if (g.K == 5 && g.S == 1) return forward_of<T, 5, 1>(args, call, launcher);
     if (g.K == 5 && g.S == 2) return forward_of<T, 5, 2>(args, call, launcher);
   }
-  const Task task{g.N, g.C, 1, 1, 1, g.HO, g.WO, 1, 0, kBlocks};
+  const Task task{g.N, g.C, 1, kThreads, 1, 1, g.HO, g.WO, 1, 0, kBlocks};
   const std::string name = kernel_name<T>("depthwise_conv2d_general_fwd_kernel", g.K, g.S);
   return launch_forward<GeneralForward<T>>(args, call, task, name, launcher);
 }
@@ -138,7 +139,7 @@ int64_t dispatch(const DepthwiseCall& call, Launcher& launcher) {
   switch (call.dtype) {
     case DType::kFloat32:
       return forward_in<float>(call, launcher);
-    case DType::kFloat16:
+    case kFloat16:
       return forward_in<Half>(call, launcher);
     case DType::kBFloat16:
       return forward_in<BFloat16>(call, launcher);
@@ -170,11 +171,20 @@ int64_t backward_of(BackwardArgs<T> args, const DepthwiseBackwardCall& call, Lau
   constexpr int kStrip = kBackwardStrip<K, S>, kLead = kUnfinished<K, S> - 1;
   args.rows = extent(S, g.P, g.D, kLead, g.H, g.HO);
   args.cols = extent(S, g.P, g.D, kLead, g.W, g.WO);
-  const Task task{
-      g.N,   g.C,           2, args.roles, g.D, args.rows.length, args.cols.length, kStrip,
-      kLead, kPartialBlocks};
+  using Program = Backward<T, K, S, kStrip>;
+  const Task task{g.N,
+                  g.C,
+                  2,
+                  Program::kBlockThreads,
+                  args.roles,
+                  g.D,
+                  args.rows.length,
+                  args.cols.length,
+                  kStrip,
+                  kLead,
+                  kPartialBlocks};
   const std::string name = kernel_name<T>("depthwise_conv2d_bwd_kernel", K, S);
-  return launch_backward<Backward<T, K, S, kStrip>>(args, call, task, name, launcher);
+  return launch_backward<Program>(args, call, task, name, launcher);
 }
 
 // One gradient after the other.
@@ -185,13 +195,13 @@ int64_t general_backward(BackwardArgs<T> args, const DepthwiseBackwardCall& call
   args.roles = 1;
   if (call.dx != nullptr) {
     args.first_role = kInputGradient;
-    const Task task{g.N, g.C, 1, 1, 1, g.H, g.W, 1, 0, kBlocks};
+    const Task task{g.N, g.C, 1, kThreads, 1, 1, g.H, g.W, 1, 0, kBlocks};
     const std::string name = kernel_name<T>("depthwise_conv2d_general_bwd_input_kernel", g.K, g.S);
     launch_backward<GeneralInputGradient<T>>(args, call, task, name, launcher);
   }
   if (call.dweight == nullptr) return 0;
   args.first_role = kFilterGradient;
-  const Task task{g.N, g.C, 1, 1, 1, g.HO, g.WO, 1, 0, kPartialBlocks};
+  const Task task{g.N, g.C, 1, kThreads, 1, 1, g.HO, g.WO, 1, 0, kPartialBlocks};
   const std::string name = kernel_name<T>("depthwise_conv2d_general_bwd_weight_kernel", g.K, g.S);
   return launch_backward<GeneralFilterGradient<T>>(args, call, task, name, launcher);
 }
@@ -226,7 +236,7 @@ int64_t dispatch(const DepthwiseBackwardCall& call, Launcher& launcher) {
   switch (call.dtype) {
     case DType::kFloat32:
       return backward_in<float>(call, launcher);
-    case DType::kFloat16:
+    case kFloat16:
       return backward_in<Half>(call, launcher);
     case DType::kBFloat16:
       return backward_in<BFloat16>(call, launcher);

@@ -20,6 +20,7 @@ template <class Args_>
 class General {
  public:
   using Args = Args_;
+  static constexpr int kBlockThreads = kThreads;
 
   EMO_KERNEL General(const Args& args, const Place& place, void* shared)
       : args_(args),

@@ -61,6 +61,7 @@ EMO_KERNEL bool inside(int index, int size) {
 struct Task {
   int64_t N;
   int C, width;  // channels, of a thread
+  int threads;   // of a block at most
   int roles;     // threads that share a strip
   int lattices, rows, cols, strip;
   int lead;    // steps of a segment before its first row is complete
@@ -72,7 +73,7 @@ inline Plan make_plan(const Task& task) {
   plan.vectors = task.C / task.width;
   plan.blocks_c = static_cast<int>(ceil_div(plan.vectors, kMostGroups));
   plan.groups = static_cast<int>(ceil_div(plan.vectors, plan.blocks_c));
-  plan.slots = most(kThreads / task.roles / plan.groups, 1);
+  plan.slots = most(task.threads / task.roles / plan.groups, 1);
   plan.strip = task.strip;
   plan.lattices = task.lattices;
   plan.rows = task.rows;

@@ -1,7 +1,7 @@
 // Takes the place of the CUDA kernels in a build without nvcc.
 #include <stdexcept>
 
-#include "emo_kernels.h"
+#include "emo_kernels_cuda.h"
 
 namespace emo_kernels::cuda {
 

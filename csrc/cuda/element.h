@@ -18,7 +18,7 @@
 #define EMO_KERNEL inline
 #endif
 
-#include "emo_kernels.h"
+#include "emo_kernels_cuda.h"
 
 namespace emo_kernels::cuda {
 
@@ -225,7 +225,7 @@ EMO_KERNEL double element(const Vector& vector, int64_t index) {
       return read(static_cast<const double*>(vector.data) + index);
     case DType::kBFloat16:
       return widen(read(static_cast<const BFloat16*>(vector.data) + index));
-    case DType::kFloat16:
+    case kFloat16:
       return widen(read(static_cast<const Half*>(vector.data) + index));
     default:
       return read(static_cast<const float*>(vector.data) + index);
@@ -250,7 +250,7 @@ EMO_KERNEL void set_element(void* data, DType dtype, int64_t index, double value
     case DType::kBFloat16:
       return write(static_cast<BFloat16*>(data) + index,
                    narrow<BFloat16>(static_cast<float>(value)));
-    case DType::kFloat16:
+    case kFloat16:
       return write(static_cast<Half*>(data) + index, narrow<Half>(static_cast<float>(value)));
     default:
       return write(static_cast<float*>(data) + index, static_cast<float>(value));

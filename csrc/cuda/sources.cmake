@@ -44,7 +44,7 @@ target_include_directories(emo_kernels_cuda PUBLIC csrc)
 # The walk's numbers are the kernels': only what is written as a fused product is one. Memory is
 # read as pairs of elements.
 set_source_files_properties(csrc/cuda/depthwise_conv2d_walk.cpp PROPERTIES COMPILE_OPTIONS
-  "-O1;-Wall;-Wextra;-Wno-unknown-pragmas;-ffp-contract=off;-fno-strict-aliasing")
+  "-O1;-Wall;-Wextra;-Wno-unknown-pragmas;-Wno-switch;-ffp-contract=off;-fno-strict-aliasing")
 if(EMO_CUDA_STATUS STREQUAL "")
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   set(archs "$ENV{EMO_CUDA_ARCHITECTURES}")

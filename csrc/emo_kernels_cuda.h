@@ -1,0 +1,56 @@
+// Entry points of the CUDA kernels, as emo_kernels.h has those of the CPU: raw pointers, shapes and
+// a stream. They are in every build; without nvcc the launches say so.
+#pragma once
+
+#include "emo_kernels.h"
+
+namespace emo_kernels::cuda {
+
+constexpr DType kFloat16 = static_cast<DType>(3);
+
+// A vector or a small array in any dtype; null where absent.
+struct Vector {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+// Where a launch runs.
+struct Target {
+  int device = 0;
+  void* stream = nullptr;   // cudaStream_t
+  void* scratch = nullptr;  // scratch_bytes() of the call, aligned to 16
+};
+
+// As cpu::DepthwiseCall, for fp32, fp16 and bf16 maps.
+struct DepthwiseCall {
+  DType dtype = DType::kFloat32;
+  const void* x = nullptr;  // (N, H, W, C)
+  void* y = nullptr;        // (N, Ho, Wo, C)
+  Vector weight, pivot;     // (C, K, K), (C,)
+  double* sums = nullptr;   // (2, C)
+  int64_t N = 0, C = 0, H = 0, W = 0, K = 0, stride = 1, padding = 0, dilation = 1;
+  Target target;
+};
+
+// As cpu::DepthwiseBackwardCall. Both results, or one, in one reading of grad, y and x.
+struct DepthwiseBackwardCall {
+  DType dtype = DType::kFloat32;
+  const void *grad = nullptr, *x = nullptr, *y = nullptr;  // (N, Ho, Wo, C), (N, H, W, C), as grad
+  Vector weight, coefficients;                             // (C, K, K), (4, C)
+  const void* local_grad = nullptr;                        // (N, H, W, C)
+  void *dx = nullptr, *dweight = nullptr;                  // dweight in the dtype of weight
+  int64_t N = 0, C = 0, H = 0, W = 0, K = 0, stride = 1, padding = 0, dilation = 1;
+  Target target;
+};
+
+int64_t scratch_bytes(const DepthwiseCall& call);
+int64_t scratch_bytes(const DepthwiseBackwardCall& call);
+// On the target's device and stream; a std::runtime_error names the kernel that failed.
+void launch_depthwise_conv2d(const DepthwiseCall& call);
+void launch_depthwise_conv2d_backward(const DepthwiseBackwardCall& call);
+// On the host: the kernels' own code, thread after thread, every access checked. A
+// std::logic_error says what was read outside, or written other than once.
+void walk_depthwise_conv2d(const DepthwiseCall& call);
+void walk_depthwise_conv2d_backward(const DepthwiseBackwardCall& call);
+
+}  // namespace emo_kernels::cuda
