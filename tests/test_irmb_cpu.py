@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import threading
@@ -348,12 +349,27 @@ def test_the_entry_point_checks_what_it_relies_on(changes: dict[str, object], me
         raw_call(x, w, row, **{"out": out.data_ptr(), **changes})
 
 
-def test_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+MISSING = "avx2" if platform.machine() == "aarch64" else "neon"  # known, but not to this machine
+
+
+@pytest.mark.parametrize("name", ["banana", MISSING, ISAS[-1].upper(), f"{ISAS[-1]} ", "x" * 9999])
+def test_missing_instruction_sets_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = rows("odd_c21_m31")[0]
     x, w = rounded(row, FP32)
-    monkeypatch.setenv("EMO_KERNELS_ISA", "banana")
-    with pytest.raises(ValueError, match=rf"EMO_KERNELS_ISA must be one of {', '.join(ISAS)}"):
+    monkeypatch.setenv("EMO_KERNELS_ISA", name)
+    message = (
+        rf"EMO_KERNELS_ISA must be one of {', '.join(ISAS)} on this machine, got '{name[:64]}'"
+    )
+    with pytest.raises(ValueError, match=message):
         cpu.irmb(x, w, row.spec())
+    assert w.v_weight is not None
+    with pytest.raises(ValueError, match=message):
+        cpu.expand(x, w.v_weight)
+
+
+def test_an_empty_choice_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMO_KERNELS_ISA", "")
+    assert _C.selected_isa() == ISAS[-1]
 
 
 def test_unsupported_blocks_are_named() -> None:

@@ -28,7 +28,7 @@ EMO_INLINE V load_as(const S* p, int64_t count = kLanesIn<V>) {
     if (count >= kLanes) {
       bits = load<Bits>(p);
     } else {
-#if defined(EMO_ISA_AVX512)
+#ifdef EMO_MASKED_ACCESS
       const auto mask = static_cast<uint32_t>((1u << count) - 1);
       if constexpr (kLanes == 16) bits = (Bits)_mm256_maskz_loadu_epi16(mask, p);
       if constexpr (kLanes == 8) bits = (Bits)_mm_maskz_loadu_epi16(mask, p);
@@ -66,7 +66,7 @@ EMO_INLINE void store_as(S* p, V v, int64_t count = kLanesIn<V>) {
     if (count >= kLanes) {
       store(p, bits);
     } else {
-#if defined(EMO_ISA_AVX512)
+#ifdef EMO_MASKED_ACCESS
       const auto mask = static_cast<uint32_t>((1u << count) - 1);
       if constexpr (kLanes == 16) _mm256_mask_storeu_epi16(p, mask, (__m256i)bits);
       if constexpr (kLanes == 8) _mm_mask_storeu_epi16(p, mask, (__m128i)bits);
