@@ -105,6 +105,23 @@ def test_autocast_of_every_kind(
     assert steps == 3 * ["cpu"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("isa", _C.available_isas())
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_special_values_in_bf16(
+    row: Row, isa: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go where the oracle sends them: no further by way of a sum's last, half empty pair."""
+    monkeypatch.setenv("EMO_KERNELS_ISA", isa)
+    case = training_case(row)
+    x = case.tensors["x"]
+    assert x is not None
+    x[-1, x.shape[1] // 2, x.shape[2] // 2, x.shape[3] // 2] = value
+    known = (False, False)
+    dtype = torch.bfloat16
+    check_operator(kernels("cpu", known), plain(known), case, dtype, gradients=False, name=isa)
+
+
 @pytest.mark.parametrize("masters", [True, False], ids=["autocast", "bf16"])
 @pytest.mark.filterwarnings("ignore:accelerate. .* blocks are not accelerated")  # in inference
 def test_a_small_model_learns_in_bf16(masters: bool, steps: list[str]) -> None:

@@ -151,6 +151,26 @@ EMO_INLINE V load_terms(const S* p, int64_t count) {
   }
 }
 
+// What maps of S are multiplied as: pairs where the instruction set multiplies them.
+#if defined(EMO_ISA_AVX512BF16)
+template <class S>
+using TermOf = S;
+#else
+template <class S>
+using TermOf = SumOf<S>;
+#endif
+
+// The lanes of two rows in pairs; a null second row is zeros.
+template <class V, class S>
+EMO_INLINE V load_pairs(const S* first, const S* second, int64_t count) {
+  using Wide = Vec<uint32_t, kLanesIn<V>>;
+  const auto upper = [&](const S* p) __attribute__((always_inline)) {
+    const V v = load_as<V>(p, count);
+    return sizeof(S) == 2 ? (Wide)v : (Wide)as_stored<BFloat16>(v);
+  };
+  return (V)(upper(first) >> 16 | (second ? upper(second) : Wide{}));
+}
+
 // sum + a b, lane by lane, or + the products of both pairs in a lane.
 template <class E, class V>
 EMO_INLINE V add_products(V sum, V a, V b) {

@@ -1,7 +1,7 @@
 // Maps in scratch, cut into panels of channels: [channels / kPanel][pixels][kPanel].
 //
-// Every operand of the training kernels' products lies so. A last panel keeps the full stride; of
-// its lanes those up to panel_width are computed with, zero or whatever comes of zeros.
+// Every operand of the products lies so, in pairs where those are multiplied (gemm.h). A last panel
+// keeps the full stride; of its lanes those up to panel_width are computed with, zero or the like.
 #pragma once
 
 #include "cpu/bf16.h"
@@ -32,22 +32,24 @@ struct Places {
   }
 };
 
-// A blocked map of up to `rows` pixels, with room for the tiles that run past its end.
-template <class T>
+// A blocked map of up to `rows` pixels, with room for the tiles that run past its end; of what a
+// product takes as operands, or of its sums.
+template <class E>
 struct Blocked {
-  T* data = nullptr;
+  using T = SumOf<E>;
+  E* data = nullptr;
   int64_t rows = 0, columns = 0;
 
   static EMO_INLINE Blocked at(Places& places, int64_t rows, int64_t columns) {
     Blocked map;
     map.rows = rows + kMostGemmRows;
     map.columns = columns;
-    map.data = places.take<T>(ceil_div(columns, kPanel<T>) * map.rows * kPanel<T> + 64);
+    map.data = places.take<E>(ceil_div(columns, kPanel<T>) * map.rows * kPanel<T> + 64);
     return map;
   }
   EMO_INLINE int64_t panels() const { return ceil_div(columns, kPanel<T>); }
   EMO_INLINE int64_t stride() const { return rows * kPanel<T>; }
-  EMO_INLINE T* panel(int64_t p) const { return data + p * stride(); }
+  EMO_INLINE E* panel(int64_t p) const { return data + p * stride(); }
   EMO_INLINE int64_t width(int64_t p) const { return panel_width<T>(columns - p * kPanel<T>); }
   EMO_INLINE int64_t channels(int64_t p) const {
     return min<int64_t>(kPanel<T>, columns - p * kPanel<T>);
@@ -66,17 +68,18 @@ EMO_INLINE void each_lane_of(int64_t channels, F f) {
 }
 
 // `rows` pixels of a dense (pixels, C) map into panels, scaled row by row where there is a scale.
-template <class T, class S, class F>
-void load_rows(const S* map, int64_t C, int64_t rows, const Blocked<T>& to, F scale_of) {
+template <class E, class S, class F>
+void load_rows(const S* map, int64_t C, int64_t rows, const Blocked<E>& to, F scale_of) {
+  using T = SumOf<E>;
   using V = Vec<T, kLanesOf<T>>;
   for (int64_t i = 0; i < rows; ++i, map += C) {
     const T scale = scale_of(i);
     for (int64_t p = 0; p < to.panels(); ++p) {
-      T* const row = to.panel(p) + i * kPanel<T>;
+      E* const row = to.panel(p) + i * kPanel<T>;
       const S* const from = map + p * kPanel<T>;
       each_lane_of<T>(to.channels(p),
                       [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
-                        store(row + lane, load_as<V>(from + lane, count) * scale);
+                        store_as(row + lane, load_as<V>(from + lane, count) * scale);
                       });
     }
   }
@@ -177,23 +180,57 @@ void add_up(const Blocked<T>& map, int64_t rows, T* out, const Share& share) {
 // ---- packing ----------------------------------------------------------------------------------
 
 // Rows [k0, k1) of to = the transpose of a (columns, K) weight matrix, for column panel p.
-template <class T>
-void pack_transposed(const T* weight, int64_t K, const Blocked<T>& to, int64_t p) {
-  pack_panel<T>(weight + p * kPanel<T> * K, to.channels(p), K, to.panel(p), kPanel<T>);
+template <class E>
+void pack_transposed(const SumOf<E>* weight, int64_t K, const Blocked<E>& to, int64_t p) {
+  using T = SumOf<E>;
+  pack_panel<E>(weight + p * kPanel<T> * K, to.channels(p), K, to.panel(p), kPanel<T>);
+}
+
+// One panel's `channels` of K rows, in pairs where the operand is so.
+template <class E, class S>
+void pack_rows_of(const S* from, int64_t stride, int64_t K, int64_t channels, E* to) {
+  using T = SumOf<E>;
+  using V = Vec<T, kLanesOf<T>>;
+  constexpr int kT = kTerms<E>;
+  for (int64_t k = 0; k < K; k += kT, from += kT * stride, to += kT * kPanel<T>) {
+    const S* const second = k + 1 < K ? from + stride : nullptr;
+    each_lane_of<T>(channels, [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
+      if constexpr (kT == 1) {
+        store(to + lane, load_as<V>(from + lane, count));
+      } else {
+        const S* const other = second ? second + lane : nullptr;
+        store(to + kT * lane, load_pairs<V>(from + lane, other, count));
+      }
+    });
+  }
 }
 
 // Column panel p of a (K, columns) matrix.
-template <class T>
-void pack_straight(const T* weight, int64_t K, const Blocked<T>& to, int64_t p) {
-  using V = Vec<T, kLanesOf<T>>;
-  const T* from = weight + p * kPanel<T>;
-  T* row = to.panel(p);
-  for (int64_t k = 0; k < K; ++k, from += to.columns, row += kPanel<T>) {
-    each_lane_of<T>(to.channels(p),
-                    [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
-                      store(row + lane, load_as<V>(from + lane, count));
-                    });
+template <class E>
+void pack_straight(const SumOf<E>* weight, int64_t K, const Blocked<E>& to, int64_t p) {
+  using T = SumOf<E>;
+  pack_rows_of<E>(weight + p * kPanel<T>, to.columns, K, to.channels(p), to.panel(p));
+}
+
+// A panel's rows, pixels or not, as a transposed product takes them on both sides: as they are, or
+// two and two of them in pairs, in `pairs`.
+template <class E, class S>
+EMO_INLINE const E* across(const S* panel, int64_t rows, int64_t channels, E* pairs) {
+  if constexpr (kTerms<E> == 1) {
+    return panel;
+  } else {
+    pack_rows_of<E>(panel, kPanel<SumOf<E>>, rows, channels, pairs);
+    return pairs;
   }
+}
+
+template <class E>
+EMO_INLINE Blocked<E> across(const Blocked<E>& map, int64_t rows, const Blocked<E>& pairs) {
+  if constexpr (kTerms<E> == 1) return map;
+  for (int64_t p = 0; p < map.panels(); ++p) {
+    across<E>(map.panel(p), rows, map.channels(p), pairs.panel(p));
+  }
+  return pairs;
 }
 
 // ---- products ---------------------------------------------------------------------------------
@@ -201,11 +238,13 @@ void pack_straight(const T* weight, int64_t K, const Blocked<T>& to, int64_t p) 
 // C (+)= A B (+ bias) for one panel of columns.
 //   straight    A is rows of a blocked map: element (i, k) at a[k / P * stride + i * P + k % P]
 //   transposed  A is columns of one panel: element (i, k) at a[k * P + i]; i + lane < kPanel
-template <class T>
+// Of pairs, B is [K / 2][P][2], and so is A where it is transposed.
+template <class E>
 struct Product {
-  const T* a;
+  using T = SumOf<E>;
+  const E* a;
   int64_t a_stride;  // of its panels
-  const T* b;        // [K][P]
+  const E* b;        // [K][P]
   int64_t K;
   T* c;  // [rows][P]
   int64_t rows;
@@ -213,61 +252,66 @@ struct Product {
   bool add;
 };
 
-template <class T, int kRows, class Shape, bool kTransposed>
-EMO_INLINE void product_step(Accumulators<T, kRows, Shape>& acc, const T* a, const T* b) {
-  using Acc = Accumulators<T, kRows, Shape>;
+template <class E, int kRows, class Shape, bool kTransposed>
+EMO_INLINE void product_step(Accumulators<E, kRows, Shape>& acc, const E* a, const E* b) {
+  using Acc = Accumulators<E, kRows, Shape>;
   using Full = typename Acc::Full;
   using Half = typename Acc::Half;
-  constexpr int64_t kStride = kTransposed ? 1 : kPanel<T>;
+  constexpr int kT = kTerms<E>;
+  constexpr int64_t kStride = kTransposed ? kT : kPanel<SumOf<E>>;
   Full b_full[Shape::kFull > 0 ? Shape::kFull : 1];
   Half b_half;
-  unroll<Shape::kFull>(EMO_UNROLLED(j) { b_full[j] = load<Full>(b + j * Shape::kLanes); });
-  if constexpr (Shape::kHalf) b_half = load<Half>(b + Shape::kFull * Shape::kLanes);
+  unroll<Shape::kFull>(EMO_UNROLLED(j) { b_full[j] = load<Full>(b + j * Shape::kLanes * kT); });
+  if constexpr (Shape::kHalf) b_half = load<Half>(b + Shape::kFull * Shape::kLanes * kT);
   unroll<kRows>(EMO_UNROLLED(i) {
-    const T value = a[i * kStride];
+    const Full value = splat_terms<Full>(a + i * kStride);
     unroll<Shape::kFull>(
-        EMO_UNROLLED(j) { acc.full[i][j] = fma(splat<Full>(value), b_full[j], acc.full[i][j]); });
+        EMO_UNROLLED(j) { acc.full[i][j] = add_products<E>(acc.full[i][j], value, b_full[j]); });
     if constexpr (Shape::kHalf) {
-      acc.half[i] = fma(low_half(splat<Full>(value)), b_half, acc.half[i]);
+      acc.half[i] = add_products<E>(acc.half[i], low_half(value), b_half);
     }
   });
 }
 
+// Adds the products of `depth` terms.
+template <class E, int kRows, class Shape, bool kTransposed>
+EMO_INLINE void product_run(Accumulators<E, kRows, Shape>& acc, const E* a, const E* b,
+                            int64_t depth) {
+  constexpr int kT = kTerms<E>;
+  constexpr int64_t P = kPanel<SumOf<E>>, kStep = kTransposed ? P : 1;
+  for (; depth >= 4 * kT; depth -= 4 * kT, a += 4 * kT * kStep, b += 4 * kT * P) {
+    unroll<4>(EMO_UNROLLED(u) {
+      product_step<E, kRows, Shape, kTransposed>(acc, a + u * kT * kStep, b + u * kT * P);
+    });
+  }
+  for (; depth > 0; depth -= kT, a += kT * kStep, b += kT * P) {
+    product_step<E, kRows, Shape, kTransposed>(acc, a, b);
+  }
+}
+
 // The first `valid` rows of the tile are written; K is at most kChunk.
-template <class T, int kRows, class Shape, bool kTransposed>
-void product_tile(const Product<T>& t, const T* a, T* c, int64_t valid) {
+template <class E, int kRows, class Shape, bool kTransposed>
+void product_tile(const Product<E>& t, const E* a, SumOf<E>* c, int64_t valid) {
+  using T = SumOf<E>;
   constexpr int64_t P = kPanel<T>;
-  Accumulators<T, kRows, Shape> acc;
+  Accumulators<E, kRows, Shape> acc;
   acc.clear();
-  const T* b = t.b;
+  const E* b = t.b;
   if constexpr (kTransposed) {
     alignas(64) T sums[kRows * Shape::kWidth];
     constexpr int64_t kChunkNow = kPixelChunk<Shape>;
     int64_t left = t.K;
-    for (; left > kChunkNow; left -= kChunkNow) {
-      for (int64_t k = 0; k < kChunkNow; k += 4, a += 4 * P, b += 4 * P) {
-        unroll<4>(
-            EMO_UNROLLED(u) { product_step<T, kRows, Shape, true>(acc, a + u * P, b + u * P); });
-      }
+    for (; left > kChunkNow; left -= kChunkNow, a += kChunkNow * P, b += kChunkNow * P) {
+      product_run<E, kRows, Shape, true>(acc, a, b, kChunkNow);
       if (left < t.K) acc.add_sums(sums);
       acc.save_sums(sums);
       acc.clear();
     }
-    for (; left >= 4; left -= 4, a += 4 * P, b += 4 * P) {
-      unroll<4>(
-          EMO_UNROLLED(u) { product_step<T, kRows, Shape, true>(acc, a + u * P, b + u * P); });
-    }
-    for (; left > 0; --left, a += P, b += P) product_step<T, kRows, Shape, true>(acc, a, b);
+    product_run<E, kRows, Shape, true>(acc, a, b, left);
     if (t.K > kChunkNow) acc.add_sums(sums);
   } else {
-    for (int64_t left = t.K; left > 0; left -= P, a += t.a_stride) {
-      const int64_t depth = min<int64_t>(left, P);
-      int64_t k = 0;
-      for (; k + 4 <= depth; k += 4, b += 4 * P) {
-        unroll<4>(
-            EMO_UNROLLED(u) { product_step<T, kRows, Shape, false>(acc, a + k + u, b + u * P); });
-      }
-      for (; k < depth; ++k, b += P) product_step<T, kRows, Shape, false>(acc, a + k, b);
+    for (int64_t left = t.K; left > 0; left -= P, a += t.a_stride, b += P * P) {
+      product_run<E, kRows, Shape, false>(acc, a, b, min<int64_t>(left, P));
     }
   }
   acc.each([&](auto& v, auto i, auto channel) __attribute__((always_inline)) {
@@ -292,19 +336,20 @@ constexpr int product_rows() {
   return 1;
 }
 
-template <class T, class Shape, bool kTransposed>
-void product_chunk(const Product<T>& t) {
+template <class E, class Shape, bool kTransposed>
+void product_chunk(const Product<E>& t) {
+  using T = SumOf<E>;
   constexpr int kRows = product_rows<T, Shape, kTransposed>(), kFewRows = (kRows + 1) / 2;
-  constexpr int64_t kStride = kTransposed ? 1 : kPanel<T>;
+  constexpr int64_t kStride = kTransposed ? kTerms<E> : kPanel<T>;
   for (int64_t i = 0; i < t.rows;) {
     const int64_t left = t.rows - i;
-    const T* const a = t.a + i * kStride;
+    const E* const a = t.a + i * kStride;
     T* const c = t.c + i * kPanel<T>;
     if (left > kFewRows) {
-      product_tile<T, kRows, Shape, kTransposed>(t, a, c, min<int64_t>(kRows, left));
+      product_tile<E, kRows, Shape, kTransposed>(t, a, c, min<int64_t>(kRows, left));
       i += kRows;
     } else {
-      product_tile<T, kFewRows, Shape, kTransposed>(t, a, c, left);
+      product_tile<E, kFewRows, Shape, kTransposed>(t, a, c, left);
       i += kFewRows;
     }
   }
@@ -312,12 +357,13 @@ void product_chunk(const Product<T>& t) {
 
 // Sums of more than kChunk terms are added chunk by chunk: less rounding, and the same bits
 // wherever a row stands.
-template <class T, bool kTransposed>
-void product(Product<T> t, int64_t width) {
+template <class E, bool kTransposed>
+void product(Product<E> t, int64_t width) {
+  using T = SumOf<E>;
   constexpr int64_t P = kPanel<T>;
   for (int64_t left = t.K; left > 0; left -= kChunk) {
     t.K = min<int64_t>(left, kChunk);
-    with_shape<T>(width, [&](auto shape) { product_chunk<T, decltype(shape), kTransposed>(t); });
+    with_shape<T>(width, [&](auto shape) { product_chunk<E, decltype(shape), kTransposed>(t); });
     t.a += kTransposed ? kChunk * P : kChunk / P * t.a_stride;
     t.b += kChunk * P;
     t.bias = nullptr;
@@ -326,23 +372,23 @@ void product(Product<T> t, int64_t width) {
 }
 
 // c (+)= A B over all columns of B, A being `rows` rows and K columns of a blocked map.
-template <class T>
-void multiply_all(const T* a, int64_t a_stride, int64_t K, int64_t rows, const Blocked<T>& b,
-                  int64_t b_row, const Blocked<T>& c, bool add) {
+template <class E>
+void multiply_all(const E* a, int64_t a_stride, int64_t K, int64_t rows, const Blocked<E>& b,
+                  int64_t b_row, const Blocked<SumOf<E>>& c, bool add) {
   for (int64_t p = 0; p < c.panels(); ++p) {
-    product<T, false>(
-        {a, a_stride, b.panel(p) + b_row * kPanel<T>, K, c.panel(p), rows, nullptr, add},
+    product<E, false>(
+        {a, a_stride, b.panel(p) + b_row * kPanel<SumOf<E>>, K, c.panel(p), rows, nullptr, add},
         c.width(p));
   }
 }
 
 // c[row..] += A^T B over all columns of B: A one panel of `pixels` rows, `channels` of it used.
-template <class T>
-void multiply_transposed(const T* a, int64_t pixels, int64_t channels, const Blocked<T>& b,
-                         const Blocked<T>& c, int64_t c_row) {
+template <class E>
+void multiply_transposed(const E* a, int64_t pixels, int64_t channels, const Blocked<E>& b,
+                         const Blocked<SumOf<E>>& c, int64_t c_row) {
   for (int64_t p = 0; p < c.panels(); ++p) {
-    product<T, true>(
-        {a, 0, b.panel(p), pixels, c.panel(p) + c_row * kPanel<T>, channels, nullptr, true},
+    product<E, true>(
+        {a, 0, b.panel(p), pixels, c.panel(p) + c_row * kPanel<SumOf<E>>, channels, nullptr, true},
         c.width(p));
   }
 }

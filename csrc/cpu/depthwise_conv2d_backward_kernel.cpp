@@ -4,7 +4,7 @@
 //           channels; a row of dy gives its share of dw, and the rows of dx it completes.
 //           At stride s the columns of dx fall into s phases, each a small dense convolution.
 // Traffic   reads grad, y and x once (plus halo rows between threads), writes dx once.
-// Numerics  sums over taps in the element type; of dw, up to 8 rows of columns in it, those sums
+// Numerics  sums over taps in the type it computes in; of dw, up to 8 rows in it, those sums
 //           in double; threads in order.
 // Limits    kernels up to 64 taps a side.
 #include "cpu/depthwise_rings.h"

@@ -3,8 +3,8 @@
 // Tiling    a thread walks its output rows; input rows come into a ring of padded rows in panels
 //           of channels, as many panels at a time as keep the ring in the L2 cache.
 // Traffic   reads x once (plus halo rows between threads), writes y once; bound by memory at K = 3.
-// Numerics  a sum over the taps in row-major order in the element type; up to 8 columns are summed
-//           in it, those sums in double; threads in order.
+// Numerics  a sum over the taps in row-major order in the type it computes in; up to 8 columns are
+//           summed in it, as they are stored, those sums in double; threads in order.
 // Limits    kernels up to 64 taps a side.
 #include "cpu/depthwise_rings.h"
 #include "cpu/threads.h"

@@ -6,9 +6,9 @@
 //           in the L1 cache, and feeds both dn and dW: no map of the expanded width is written.
 // Traffic   reads grad, x, out_grad and residual once, writes dx once; weights and a thread's dW
 //           pass once every 224 pixels.
-// Numerics  products in the element type, dW over up to 224 pixels at a time; sums over pixels of
-// up
-//           to 32 terms, those sums in double; threads in order.
+// Numerics  sums of products in the type it computes in (of operands rounded to bfloat16 where they
+//           are multiplied in pairs), dW over up to 224 pixels at a time; sums over pixels of up to
+//           32 terms, those sums in double; threads in order.
 // Limits    ungrouped.
 #include "cpu/launch.h"
 #include "cpu/norm_rows.h"
@@ -19,47 +19,56 @@ namespace {
 
 using Call = ExpandBackwardCall;
 
-template <class T>
+template <class E>
 struct Layout {
+  using T = SumOf<E>;
   int64_t most;
-  Blocked<T> forward, backward, skip;  // shared: W^T as (C, M), W as (M, C), Wo as (O, M)
+  Blocked<E> forward, backward, skip;  // shared: W^T as (C, M), W as (M, C), Wo as (O, M)
   T* bias;
   NormRows<T> norm;
-  double *dbias, *sums;  // own: [panels of M * P], [2][panels of C * P]
-  Blocked<T> dweight;    // own: (M, C)
-  Blocked<T> n, g, dn;   // own
-  T *a, *d;              // own: a panel's tiles
+  double *dbias, *sums;      // own: [panels of M * P], [2][panels of C * P]
+  Blocked<T> dweight, dn;    // own: (M, C), (pixels, C)
+  Blocked<E> n, n_pairs, g;  // own
+  T *a, *d;                  // own: a panel's tiles
+  E *da, *da_pairs;          // own: da is a where operands are of the sums' type
 
   Layout(const Call& c, Places& shared, Places& own) {
     constexpr int64_t P = kPanel<T>;
     most = most_pixels<T>(2 * ceil_div(c.C, P) * P + ceil_div(c.O, P) * P + 2 * P);
-    forward = Blocked<T>::at(shared, c.C, c.M);
-    backward = Blocked<T>::at(shared, c.M, c.C);
-    skip = Blocked<T>::at(shared, c.O, c.out_grad ? c.M : 0);
+    forward = Blocked<E>::at(shared, c.C, c.M);
+    backward = Blocked<E>::at(shared, c.M, c.C);
+    skip = Blocked<E>::at(shared, c.O, c.out_grad ? c.M : 0);
     bias = shared.take<T>(forward.panels() * P);
     dbias = own.take<double>(forward.panels() * P);
     sums = own.take<double>(2 * backward.panels() * P);
     dweight = Blocked<T>::at(own, c.dweight ? c.M : 0, c.C);
     norm = NormRows<T>::at(c.norm, c.C, c.eps, most, shared, own);
-    n = Blocked<T>::at(own, most, c.C);
-    g = Blocked<T>::at(own, most, c.out_grad ? c.O : 0);
+    n = Blocked<E>::at(own, most, c.C);
+    n_pairs = Blocked<E>::at(own, kTerms<E> > 1 ? most : 0, c.C);
+    g = Blocked<E>::at(own, most, c.out_grad ? c.O : 0);
     dn = Blocked<T>::at(own, most, c.C);
     a = own.take<T>((most + kMostGemmRows) * P);
     d = own.take<T>((most + kMostGemmRows) * P);
+    if constexpr (kTerms<E> == 1) {
+      da = da_pairs = a;
+    } else {
+      da = own.take<E>((most + kMostGemmRows) * P);
+      da_pairs = own.take<E>((most + kMostGemmRows) * P);
+    }
   }
 };
 
-template <class T>
+template <class E>
 ScratchBytes scratch(const Call& call) {
   Places shared{nullptr}, own{nullptr};
-  const Layout<T> layout(call, shared, own);
+  const Layout<E> layout(call, shared, own);
   return {shared.used, own.used};
 }
 
-// a = (grad + d) act'(a) in place, and its sums over the pixels.
-template <class T, Activation kAct, class S>
-void differentiate(T* a, const T* d, const S* grad, int64_t M, int64_t next, int64_t rows,
-                   int64_t channels, double* dbias) {
+// da = (grad + d) act'(a), perhaps in place, and its sums over the pixels.
+template <class T, Activation kAct, class S, class E>
+void differentiate(const T* a, const T* d, const S* grad, int64_t M, int64_t next, int64_t rows,
+                   int64_t channels, double* dbias, E* da) {
   using V = Vec<T, kLanesOf<T>>;
   constexpr int64_t P = kPanel<T>;
   sum_rows<T>(rows, channels, dbias, nullptr,
@@ -69,23 +78,24 @@ void differentiate(T* a, const T* d, const S* grad, int64_t M, int64_t next, int
                     V v = load_as<V>(grad + i * M + lane, count);
                     if (d) v += load<V>(d + i * P + lane);
                     v *= activate_slope<T, kAct>(load<V>(a + i * P + lane));
-                    store(a + i * P + lane, v);
+                    store_as(da + i * P + lane, v);
                     sum = v;
                   });
+  if (channels % kTerms<E> != 0) clear_channel(da + channels, rows);
 }
 
-template <class T, class S>
-void differentiate(Activation act, T* a, const T* d, const S* grad, int64_t M, int64_t next,
-                   int64_t rows, int64_t channels, double* dbias) {
+template <class T, class S, class E>
+void differentiate(Activation act, const T* a, const T* d, const S* grad, int64_t M, int64_t next,
+                   int64_t rows, int64_t channels, double* dbias, E* da) {
   switch (act) {
     case Activation::kNone:
-      return differentiate<T, Activation::kNone>(a, d, grad, M, next, rows, channels, dbias);
+      return differentiate<T, Activation::kNone>(a, d, grad, M, next, rows, channels, dbias, da);
     case Activation::kRelu:
-      return differentiate<T, Activation::kRelu>(a, d, grad, M, next, rows, channels, dbias);
+      return differentiate<T, Activation::kRelu>(a, d, grad, M, next, rows, channels, dbias, da);
     case Activation::kGelu:
-      return differentiate<T, Activation::kGelu>(a, d, grad, M, next, rows, channels, dbias);
+      return differentiate<T, Activation::kGelu>(a, d, grad, M, next, rows, channels, dbias, da);
     case Activation::kSilu:
-      return differentiate<T, Activation::kSilu>(a, d, grad, M, next, rows, channels, dbias);
+      return differentiate<T, Activation::kSilu>(a, d, grad, M, next, rows, channels, dbias, da);
   }
 }
 
@@ -100,8 +110,8 @@ void add_to_blocked(const S* map, int64_t C, int64_t rows, const Blocked<T>& to)
   }
 }
 
-template <class T, class S>
-void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
+template <class T, class S, class E>
+void step(const Call& c, const Layout<E>& l, int64_t first, int64_t rows) {
   constexpr int64_t P = kPanel<T>;
   const S* const x = static_cast<const S*>(c.x) + first * c.C;
   const S* const grad = static_cast<const S*>(c.grad) + first * c.M;
@@ -112,18 +122,22 @@ void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
               [&](int64_t i) { return drop ? drop[(first + i) / c.pixels] : T(1); });
   }
   const bool wants_dn = c.dx || c.sums;
+  const Blocked<E> n = c.dweight ? across(l.n, rows, l.n_pairs) : l.n;
   for (int64_t p = 0; p < l.forward.panels(); ++p) {
     const int64_t width = l.forward.width(p), channels = l.forward.channels(p);
-    product<T, false>(
+    product<E, false>(
         {l.n.data, l.n.stride(), l.forward.panel(p), c.C, l.a, rows, l.bias + p * P, false}, width);
     if (c.out_grad) {
-      product<T, false>({l.g.data, l.g.stride(), l.skip.panel(p), c.O, l.d, rows, nullptr, false},
+      product<E, false>({l.g.data, l.g.stride(), l.skip.panel(p), c.O, l.d, rows, nullptr, false},
                         width);
     }
     differentiate(c.act, l.a, c.out_grad ? l.d : nullptr, grad + p * P, c.M,
-                  next_panel<T>(p, c.M, rows), rows, channels, l.dbias + p * P);
-    if (wants_dn) multiply_all(l.a, 0, channels, rows, l.backward, p * P, l.dn, p > 0);
-    if (c.dweight) multiply_transposed(l.a, rows, channels, l.n, l.dweight, p * P);
+                  next_panel<T>(p, c.M, rows), rows, channels, l.dbias + p * P, l.da);
+    if (wants_dn) multiply_all(l.da, 0, channels, rows, l.backward, p * P, l.dn, p > 0);
+    if (c.dweight) {
+      const E* const da = across<E>(l.da, rows, channels, l.da_pairs);
+      multiply_transposed(da, rows, channels, n, l.dweight, p * P);
+    }
   }
   if (!wants_dn) return;
   if (c.norm_grad)
@@ -142,7 +156,7 @@ template <class T, class S>
 void run(const Call& call, const Share& share) {
   constexpr int64_t P = kPanel<T>;
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
-  const Layout<T> l(call, shared, own);
+  const Layout<TermOf<S>> l(call, shared, own);
   const T *weight = static_cast<const T*>(call.weight), *bias = static_cast<const T*>(call.bias);
   each_of_mine(l.forward.panels(), share, [&](int64_t p) {
     pack_transposed(weight, call.C, l.forward, p);
@@ -175,7 +189,7 @@ void run(const Call& call, const Share& share) {
 }
 
 template <class T, class S>
-constexpr Kernel<Call> kKernel = {scratch<T>, run<T, S>};
+constexpr Kernel<Call> kKernel = {scratch<TermOf<S>>, run<T, S>};
 
 }  // namespace
 

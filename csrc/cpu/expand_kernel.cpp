@@ -3,7 +3,7 @@
 //           stays in the L2 cache while panels of output channels pass, each a GEMM whose result
 //           is activated while it is in the L1 cache.
 // Traffic   reads x once, writes out once; the packed weight passes once every 224 pixels.
-// Numerics  sums in the element type in chunks of 240 terms; the same bits for any split.
+// Numerics  sums in the type it computes in, in chunks of 240 terms; the same bits for any split.
 // Limits    ungrouped.
 #include "cpu/launch.h"
 #include "cpu/norm_rows.h"
@@ -12,28 +12,29 @@
 namespace emo_kernels::cpu {
 namespace {
 
-template <class T>
+template <class E>
 struct Layout {
+  using T = SumOf<E>;
   int64_t most;
-  Blocked<T> weight;  // shared: the transpose, (C, M)
+  Blocked<E> weight;  // shared: the transpose, (C, M)
   T* bias;
   NormRows<T> norm;
-  Blocked<T> n;  // own
+  Blocked<E> n;  // own
   T* tile;
 
   Layout(const ExpandCall& c, Places& shared, Places& own)
       : most(most_pixels<T>(ceil_div(c.C, kPanel<T>) * kPanel<T> + kPanel<T>)),
-        weight(Blocked<T>::at(shared, c.C, c.M)),
+        weight(Blocked<E>::at(shared, c.C, c.M)),
         bias(shared.take<T>(weight.panels() * kPanel<T>)),
         norm(NormRows<T>::at(c.norm, c.C, c.eps, most, shared, own)),
-        n(Blocked<T>::at(own, most, c.C)),
+        n(Blocked<E>::at(own, most, c.C)),
         tile(own.take<T>((most + kMostGemmRows) * kPanel<T>)) {}
 };
 
-template <class T>
+template <class E>
 ScratchBytes scratch(const ExpandCall& call) {
   Places shared{nullptr}, own{nullptr};
-  const Layout<T> layout(call, shared, own);
+  const Layout<E> layout(call, shared, own);
   return {shared.used, own.used};
 }
 
@@ -68,7 +69,8 @@ template <class T, class S>
 void run(const ExpandCall& call, const Share& share) {
   constexpr int64_t P = kPanel<T>;
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
-  const Layout<T> l(call, shared, own);
+  using E = TermOf<S>;
+  const Layout<E> l(call, shared, own);
   const T *weight = static_cast<const T*>(call.weight), *bias = static_cast<const T*>(call.bias);
   const int64_t last = share_of(l.weight.panels(), share.thread + 1, share.threads);
   for (int64_t p = share_of(l.weight.panels(), share.thread, share.threads); p < last; ++p) {
@@ -83,7 +85,7 @@ void run(const ExpandCall& call, const Share& share) {
       call.N * call.pixels, l.most, share.thread, share.threads, [&](int64_t first, int64_t rows) {
         l.norm.forward(x + first * call.C, rows, l.n);
         for (int64_t p = 0; p < l.weight.panels(); ++p) {
-          product<T, false>({l.n.data, l.n.stride(), l.weight.panel(p), call.C, l.tile, rows,
+          product<E, false>({l.n.data, l.n.stride(), l.weight.panel(p), call.C, l.tile, rows,
                              l.bias + p * P, false},
                             l.weight.width(p));
           store_activated(call.act, l.tile, rows, l.weight.channels(p),
@@ -93,7 +95,7 @@ void run(const ExpandCall& call, const Share& share) {
 }
 
 template <class T, class S>
-constexpr Kernel<ExpandCall> kKernel = {scratch<T>, run<T, S>};
+constexpr Kernel<ExpandCall> kKernel = {scratch<TermOf<S>>, run<T, S>};
 
 }  // namespace
 

@@ -26,15 +26,16 @@ struct Kernel {
   void (*run)(const Call& call, const Share& share);
 };
 
-#define EMO_DECLARE_KERNEL(Call, name)        \
-  const Kernel<Call>& name##_portable_f32();  \
-  const Kernel<Call>& name##_portable_bf16(); \
-  const Kernel<Call>& name##_portable_f64();  \
-  const Kernel<Call>& name##_avx2_f32();      \
-  const Kernel<Call>& name##_avx2_bf16();     \
-  const Kernel<Call>& name##_avx512_f32();    \
-  const Kernel<Call>& name##_avx512_bf16();   \
-  const Kernel<Call>& name##_neon_f32();      \
+#define EMO_DECLARE_KERNEL(Call, name)          \
+  const Kernel<Call>& name##_portable_f32();    \
+  const Kernel<Call>& name##_portable_bf16();   \
+  const Kernel<Call>& name##_portable_f64();    \
+  const Kernel<Call>& name##_avx2_f32();        \
+  const Kernel<Call>& name##_avx2_bf16();       \
+  const Kernel<Call>& name##_avx512_f32();      \
+  const Kernel<Call>& name##_avx512_bf16();     \
+  const Kernel<Call>& name##_avx512bf16_bf16(); \
+  const Kernel<Call>& name##_neon_f32();        \
   const Kernel<Call>& name##_neon_bf16()
 
 EMO_DECLARE_KERNEL(PixelsCall, pixels_kernel);
@@ -51,15 +52,21 @@ EMO_DECLARE_KERNEL(AttentionBackwardCall, window_attention_backward_kernel);
 // type its maps lie in.
 #define EMO_JOIN_(a, b, c) a##b##c
 #define EMO_JOIN(a, b, c) EMO_JOIN_(a, b, c)
-#define EMO_DEFINE_KERNEL_F32(Call, name)                                                  \
-  const Kernel<Call>& EMO_JOIN(name##_, EMO_ISA, _f32)() { return kKernel<float, float>; } \
+#define EMO_DEFINE_KERNEL_BF16(Call, name) \
   const Kernel<Call>& EMO_JOIN(name##_, EMO_ISA, _bf16)() { return kKernel<float, BFloat16>; }
+#define EMO_DEFINE_KERNEL_F32(Call, name) \
+  const Kernel<Call>& EMO_JOIN(name##_, EMO_ISA, _f32)() { return kKernel<float, float>; }
 #if defined(EMO_ISA_PORTABLE)
 #define EMO_DEFINE_KERNEL(Call, name) \
   EMO_DEFINE_KERNEL_F32(Call, name)   \
+  EMO_DEFINE_KERNEL_BF16(Call, name)  \
   const Kernel<Call>& name##_portable_f64() { return kKernel<double, double>; }
+#elif defined(EMO_ISA_AVX512BF16)
+#define EMO_DEFINE_KERNEL(Call, name) EMO_DEFINE_KERNEL_BF16(Call, name)
 #else
-#define EMO_DEFINE_KERNEL(Call, name) EMO_DEFINE_KERNEL_F32(Call, name)
+#define EMO_DEFINE_KERNEL(Call, name) \
+  EMO_DEFINE_KERNEL_F32(Call, name)   \
+  EMO_DEFINE_KERNEL_BF16(Call, name)
 #endif
 
 }  // namespace emo_kernels::cpu

@@ -75,8 +75,8 @@ struct NormRows {
     copy(invstds, invstd, T(1));
   }
 
-  template <class S>
-  void pixel(const S* x, int64_t i, T* to, int64_t panel_stride) const {
+  template <class S, class E>
+  void pixel(const S* x, int64_t i, E* to, int64_t panel_stride) const {
     using V = Vec<T, kLanesOf<T>>;
     constexpr int64_t P = kPanel<T>;
     if (norm == Norm::kNone) {
@@ -88,14 +88,14 @@ struct NormRows {
       moments[i] = m;
       each_channel<T>(x, C, [&](V v, int64_t c) __attribute__((always_inline)) {
         v = ((v - m.near) - m.rest) * m.scale;
-        store(to + c / P * panel_stride + c % P, fma(v, load<V>(scale + c), load<V>(shift + c)));
+        store_as(to + c / P * panel_stride + c % P, fma(v, load<V>(scale + c), load<V>(shift + c)));
       });
     }
   }
 
   // The `rows` pixels at x, normalised.
-  template <class S>
-  void forward(const S* x, int64_t rows, const Blocked<T>& to) const {
+  template <class S, class E>
+  void forward(const S* x, int64_t rows, const Blocked<E>& to) const {
     for (int64_t i = 0; i < rows; ++i) {
       pixel(x + i * C, i, to.data + i * kPanel<T>, to.stride());
     }

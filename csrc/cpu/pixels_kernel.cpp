@@ -3,7 +3,7 @@
 // Tiling    a thread takes a contiguous share of the pixels, 32 of them at a time, a vector of
 //           channels running down them.
 // Traffic   one read of each operand, one write of the result; bound by memory.
-// Numerics  the element type; sums and the products in them in double, threads in order.
+// Numerics  the type it computes in; sums and the products in them in double, threads in order.
 // Limits    none on sizes.
 #include "cpu/blocked.h"
 #include "cpu/launch.h"

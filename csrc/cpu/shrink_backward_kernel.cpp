@@ -17,22 +17,24 @@ namespace {
 
 using Call = ShrinkBackwardCall;
 
-template <class T>
+template <class E>
 struct Layout {
+  using T = SumOf<E>;
   int64_t most, padded;              // padded: channels in whole panels
-  Blocked<T> weight;                 // shared: (O, M)
+  Blocked<E> weight;                 // shared: (O, M)
   T *scale, *shift, *mean, *invstd;  // shared
   double *sums, *dgate, *ddrop;      // own: [2][padded], [N][padded], [N]
   Blocked<T> dweight;                // own: (O, M)
-  Blocked<T> g;                      // own
+  Blocked<E> g, g_pairs;             // own
   T *d, *t;                          // own: tiles of a panel
+  E* t_pairs;                        // own: unused where operands are of the sums' type
   T* drop;                           // own: of the pixels at hand
 
   Layout(const Call& c, Places& shared, Places& own) {
     constexpr int64_t P = kPanel<T>;
     padded = ceil_div(c.M, P) * P;
     most = most_pixels<T>(ceil_div(c.O, P) * P + 2 * P);
-    weight = Blocked<T>::at(shared, c.O, c.M);
+    weight = Blocked<E>::at(shared, c.O, c.M);
     scale = shared.take<T>(padded);
     shift = shared.take<T>(padded);
     mean = shared.take<T>(padded);
@@ -41,32 +43,34 @@ struct Layout {
     dgate = own.take<double>(c.dgate ? c.N * padded : 0);
     ddrop = own.take<double>(c.ddrop ? c.N : 0);
     dweight = Blocked<T>::at(own, c.dweight ? c.O : 0, c.M);
-    g = Blocked<T>::at(own, most, c.O);
+    g = Blocked<E>::at(own, most, c.O);
+    g_pairs = Blocked<E>::at(own, kTerms<E> > 1 ? most : 0, c.O);
     d = own.take<T>((most + kMostGemmRows) * P);
     t = own.take<T>((most + kMostGemmRows) * P);
+    t_pairs = own.take<E>(kTerms<E> > 1 ? (most + kMostGemmRows) * P : 0);
     drop = own.take<T>(most);
   }
 };
 
-template <class T>
+template <class E>
 ScratchBytes scratch(const Call& call) {
   Places shared{nullptr}, own{nullptr};
-  const Layout<T> layout(call, shared, own);
+  const Layout<E> layout(call, shared, own);
   return {shared.used, own.used};
 }
 
 // One panel of channels of the pixels [first, first + rows).
-template <class T, class S>
+template <class T, class S, class E = TermOf<S>>
 struct Panel {
   using V = Vec<T, kLanesOf<T>>;
   static constexpr int64_t P = kPanel<T>;
   const Call& c;
-  const Layout<T>& l;
+  const Layout<E>& l;
   int64_t first, rows, m, channels;
   const S *y, *local;
   const T* gate;
 
-  Panel(const Call& call, const Layout<T>& layout, int64_t p0, int64_t count, int64_t p)
+  Panel(const Call& call, const Layout<E>& layout, int64_t p0, int64_t count, int64_t p)
       : c(call),
         l(layout),
         first(p0),
@@ -164,24 +168,27 @@ struct Panel {
   }
 };
 
-template <class T, class S>
-void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
+template <class T, class S, class E>
+void step(const Call& c, const Layout<E>& l, int64_t first, int64_t rows) {
   constexpr int64_t P = kPanel<T>;
   const T* const drop = static_cast<const T*>(c.drop_scale);
   load_rows(static_cast<const S*>(c.grad) + first * c.O, c.O, rows, l.g,
             [](int64_t) { return T(1); });
+  const Blocked<E> g = c.dweight ? across(l.g, rows, l.g_pairs) : l.g;
   for (int64_t i = 0; drop && i < rows; ++i) l.drop[i] = drop[(first + i) / c.pixels];
   for (int64_t p = 0; p < l.weight.panels(); ++p) {
     const int64_t width = l.weight.width(p);
-    product<T, false>({l.g.data, l.g.stride(), l.weight.panel(p), c.O, l.d, rows, nullptr, false},
+    product<E, false>({l.g.data, l.g.stride(), l.weight.panel(p), c.O, l.d, rows, nullptr, false},
                       width);
     const Panel<T, S> panel(c, l, first, rows, p);
     if (c.dgate || c.ddrop) panel.differentiate_images();
     panel.differentiate();
-    for (int64_t o = 0; c.dweight && o < l.g.panels(); ++o) {
-      product<T, true>({l.g.panel(o), 0, l.t, rows, l.dweight.panel(p) + o * P * P, l.g.channels(o),
-                        nullptr, true},
-                       width);
+    if (c.dweight == nullptr) continue;
+    const E* const t = across<E>(l.t, rows, panel.channels, l.t_pairs);
+    for (int64_t o = 0; o < l.g.panels(); ++o) {
+      product<E, true>(
+          {g.panel(o), 0, t, rows, l.dweight.panel(p) + o * P * P, l.g.channels(o), nullptr, true},
+          width);
     }
   }
 }
@@ -189,7 +196,7 @@ void step(const Call& c, const Layout<T>& l, int64_t first, int64_t rows) {
 template <class T, class S>
 void run(const Call& call, const Share& share) {
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
-  const Layout<T> l(call, shared, own);
+  const Layout<TermOf<S>> l(call, shared, own);
   each_of_mine(l.weight.panels(), share, [&](int64_t p) {
     pack_straight(static_cast<const T*>(call.weight), call.O, l.weight, p);
   });
@@ -230,7 +237,7 @@ void run(const Call& call, const Share& share) {
 }
 
 template <class T, class S>
-constexpr Kernel<Call> kKernel = {scratch<T>, run<T, S>};
+constexpr Kernel<Call> kKernel = {scratch<TermOf<S>>, run<T, S>};
 
 }  // namespace
 

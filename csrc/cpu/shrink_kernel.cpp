@@ -4,7 +4,7 @@
 // Tiling    up to 224 pixels at a time; panels of expanded channels pass: t of one panel is formed
 //           in the L1 cache and multiplied into all outputs, which stay in the L2 cache.
 // Traffic   reads y, local and residual once, writes out once.
-// Numerics  sums in the element type, panel by panel; the same bits for any split.
+// Numerics  sums in the type it computes in, panel by panel; the same bits for any split.
 // Limits    none on sizes.
 #include "cpu/launch.h"
 #include "cpu/norm_rows.h"
@@ -13,39 +13,40 @@
 namespace emo_kernels::cpu {
 namespace {
 
-template <class T>
+template <class E>
 struct Layout {
+  using T = SumOf<E>;
   int64_t most, panels;
-  Blocked<T> weight;  // shared: the transpose, (M, O)
+  Blocked<E> weight;  // shared: the transpose, (M, O)
   T *scale, *shift, *pivot;
   double* sums;    // own: [2][panels of O * P]
   Blocked<T> acc;  // own
-  T* t;
+  E* t;
 
   Layout(const ShrinkCall& c, Places& shared, Places& own) {
     constexpr int64_t P = kPanel<T>;
     panels = ceil_div(c.M, P);
     most = most_pixels<T>(ceil_div(c.O, P) * P + P);
-    weight = Blocked<T>::at(shared, c.M, c.O);
+    weight = Blocked<E>::at(shared, c.M, c.O);
     scale = shared.take<T>(panels * P);
     shift = shared.take<T>(panels * P);
     pivot = shared.take<T>(weight.panels() * P);
     sums = own.take<double>(2 * weight.panels() * P);
     acc = Blocked<T>::at(own, most, c.O);
-    t = own.take<T>((most + kMostGemmRows) * P);
+    t = own.take<E>((most + kMostGemmRows) * P);
   }
 };
 
-template <class T>
+template <class E>
 ScratchBytes scratch(const ShrinkCall& call) {
   Places shared{nullptr}, own{nullptr};
-  const Layout<T> layout(call, shared, own);
+  const Layout<E> layout(call, shared, own);
   return {shared.used, own.used};
 }
 
 // t of one panel.
-template <class T, class S>
-void activate_panel(const ShrinkCall& c, const Layout<T>& l, int64_t first, int64_t rows,
+template <class T, class S, class E>
+void activate_panel(const ShrinkCall& c, const Layout<E>& l, int64_t first, int64_t rows,
                     int64_t p) {
   using V = Vec<T, kLanesOf<T>>;
   constexpr int64_t P = kPanel<T>;
@@ -63,13 +64,13 @@ void activate_panel(const ShrinkCall& c, const Layout<T>& l, int64_t first, int6
                         load<V>(l.shift + m + lane)));
       if (gates) v *= load_as<V>(gates + lane, count);
       if (local) v += load_as<V>(local + at + lane, count);
-      store(l.t + i * P + lane, v);
+      store_as(l.t + i * P + lane, v);
     });
   }
 }
 
-template <class T, class S>
-void store_rows(const ShrinkCall& c, const Layout<T>& l, int64_t first, int64_t rows) {
+template <class T, class S, class E>
+void store_rows(const ShrinkCall& c, const Layout<E>& l, int64_t first, int64_t rows) {
   using V = Vec<T, kLanesOf<T>>;
   const S* const residual = static_cast<const S*>(c.residual);
   const T* const drop = static_cast<const T*>(c.drop_scale);
@@ -86,8 +87,8 @@ void store_rows(const ShrinkCall& c, const Layout<T>& l, int64_t first, int64_t 
 }
 
 // The sums of what was stored, while it is in the cache.
-template <class T, class S>
-void add_sums(const ShrinkCall& c, const Layout<T>& l, int64_t first, int64_t rows) {
+template <class T, class S, class E>
+void add_sums(const ShrinkCall& c, const Layout<E>& l, int64_t first, int64_t rows) {
   using V = Vec<T, kLanesOf<T>>;
   constexpr int64_t P = kPanel<T>;
   const S* const out = static_cast<const S*>(c.out) + first * c.O;
@@ -107,7 +108,7 @@ template <class T, class S>
 void run(const ShrinkCall& call, const Share& share) {
   constexpr int64_t P = kPanel<T>;
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
-  const Layout<T> l(call, shared, own);
+  const Layout<TermOf<S>> l(call, shared, own);
   each_of_mine(l.weight.panels(), share, [&](int64_t p) {
     const T* const pivot = static_cast<const T*>(call.pivot);
     pack_transposed(static_cast<const T*>(call.weight), call.M, l.weight, p);
@@ -141,7 +142,7 @@ void run(const ShrinkCall& call, const Share& share) {
 }
 
 template <class T, class S>
-constexpr Kernel<ShrinkCall> kKernel = {scratch<T>, run<T, S>};
+constexpr Kernel<ShrinkCall> kKernel = {scratch<TermOf<S>>, run<T, S>};
 
 }  // namespace
 

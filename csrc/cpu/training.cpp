@@ -34,13 +34,21 @@ namespace {
 #define EMO_CASE_NEON(name)
 #endif
 
+// Of the kernels that multiply pairs of bfloat16.
+#ifdef EMO_HAS_AVX512BF16
+#define EMO_PAIRS(name) \
+  if (isa == Isa::kAvx512Bf16 && !wide) return name##_avx512bf16_bf16();
+#else
+#define EMO_PAIRS(name)
+#endif
+
 // kernel_for(call): the kernel of the call's type for the type of its maps and this machine.
-#define EMO_KERNEL_FOR(Call, name)                                    \
+#define EMO_KERNEL_FOR(Call, name, pairs)                             \
   const Kernel<Call>& kernel_for(const Call& call) {                  \
     const Isa isa = selected();                                       \
     const bool wide = call.dtype != DType::kBFloat16;                 \
     if (call.dtype == DType::kFloat64) return name##_portable_f64();  \
-    switch (isa) {                                                    \
+    pairs switch (isa) {                                              \
       EMO_CASE_AVX512(name)                                           \
       EMO_CASE_AVX2(name)                                             \
       EMO_CASE_NEON(name)                                             \
@@ -49,15 +57,15 @@ namespace {
     }                                                                 \
   }
 
-EMO_KERNEL_FOR(PixelsCall, pixels_kernel)
-EMO_KERNEL_FOR(DepthwiseCall, depthwise_conv2d_kernel)
-EMO_KERNEL_FOR(DepthwiseBackwardCall, depthwise_conv2d_backward_kernel)
-EMO_KERNEL_FOR(ExpandCall, expand_kernel)
-EMO_KERNEL_FOR(ExpandBackwardCall, expand_backward_kernel)
-EMO_KERNEL_FOR(ShrinkCall, shrink_kernel)
-EMO_KERNEL_FOR(ShrinkBackwardCall, shrink_backward_kernel)
-EMO_KERNEL_FOR(AttentionCall, window_attention_kernel)
-EMO_KERNEL_FOR(AttentionBackwardCall, window_attention_backward_kernel)
+EMO_KERNEL_FOR(PixelsCall, pixels_kernel, )
+EMO_KERNEL_FOR(DepthwiseCall, depthwise_conv2d_kernel, )
+EMO_KERNEL_FOR(DepthwiseBackwardCall, depthwise_conv2d_backward_kernel, )
+EMO_KERNEL_FOR(ExpandCall, expand_kernel, EMO_PAIRS(expand_kernel))
+EMO_KERNEL_FOR(ExpandBackwardCall, expand_backward_kernel, EMO_PAIRS(expand_backward_kernel))
+EMO_KERNEL_FOR(ShrinkCall, shrink_kernel, EMO_PAIRS(shrink_kernel))
+EMO_KERNEL_FOR(ShrinkBackwardCall, shrink_backward_kernel, EMO_PAIRS(shrink_backward_kernel))
+EMO_KERNEL_FOR(AttentionCall, window_attention_kernel, )
+EMO_KERNEL_FOR(AttentionBackwardCall, window_attention_backward_kernel, )
 
 template <class Call>
 struct Team {
