@@ -7,7 +7,7 @@
 //           cache.
 // Traffic   reads x once (plus halo rows between threads) and the weights once, writes out once:
 //           stage 2 of EMO-5M, batch 1: 0.57 MB for 51.8 MFLOP, 91 FLOP/byte.
-// Numerics  accumulates in the element type over k = 0, 1, ...; batch norm in front is applied to x,
+// Numerics  accumulates in the element type over k = 0, 1, ...; the norm in front is applied to x,
 //           the one behind the depthwise convolution folded (in fp64) into its weights. Maps in
 //           bf16 are computed with in fp32; with AVX-512 BF16 the operands of the GEMMs are rounded
 //           to bf16, where eager rounds them too, and take denormals for zero.
