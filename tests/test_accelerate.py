@@ -353,6 +353,27 @@ def test_inference_under_autocast(twins, x, dtype, cpu_kernels):
         assert any(event.key == "emo_kernels::irmb" for event in profile.key_averages())
 
 
+@pytest.mark.parametrize("how", ["bf16 weights", "autocast"])
+def test_whole_model_in_bf16(how, cpu_kernels):
+    """Every block by its kernel, and as near fp64 as eager."""
+    plain = realistic(ek.create_model("emo_1m", num_classes=10)).eval()
+    image = torch.randn(2, 3, 64, 64).bfloat16()
+    if how == "bf16 weights":
+        plain = plain.bfloat16()
+    fast = ek.accelerate(copy.deepcopy(plain), strict=True)
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double()(image.double())
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            expected = plain(image)
+            with torch.profiler.profile() as profile:
+                found = fast(image)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["emo_kernels::irmb"] == len(list(find_blocks(fast)))
+    error, allowed = (float((t.double() - exact).norm()) for t in (found, expected))
+    assert found.dtype == expected.dtype
+    assert error <= 1.25 * allowed + 2**-8 * float(exact.norm())
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own
 def test_functional_transforms(twins, x):
     plain, fast = twins
