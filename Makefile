@@ -42,7 +42,8 @@ SANITIZED = build/sanitize
 
 sanitize: $(STAMPS)/package
 	PATH=$(abspath $(VENV)/bin):$$PATH cmake -S . -B $(SANITIZED) -G Ninja \
-	  -DCMAKE_BUILD_TYPE=Release -DEMO_SANITIZE=ON -DPython_EXECUTABLE=$$(command -v $(PY)) \
+	  -DCMAKE_BUILD_TYPE=Release -DEMO_SANITIZE=ON \
+	  -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" \
 	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
 	PATH=$(abspath $(VENV)/bin):$$PATH cmake --build $(SANITIZED) --target _C
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0:symbolize=0 OMP_NUM_THREADS=1 \
