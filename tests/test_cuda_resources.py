@@ -1,7 +1,7 @@
 """Every CUDA kernel, compiled for GPUs that are not here, keeps to its registers and memory.
 
 What nvcc's assembler reports of each instantiation: nothing spilled, and for the streaming kernels
-registers for two blocks of 256 threads on a multiprocessor.
+registers for two blocks on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("depthwise_conv2d.cu", "depthwise_conv2d_backward.cu")
 NVCC = shutil.which("nvcc")
-REGISTERS = 128  # 65536 of a multiprocessor over two blocks of 256 threads
+# 65536 of a multiprocessor over two blocks: of 256 threads, and of 192 (backward, K = 5).
+REGISTERS, MORE_REGISTERS = 128, 168
 # (element types) x (K, S) of the kernels in pairs, and the general ones.
 FORWARD = {
     f"Forward<{t},{k},{s}" for t in ("float", "Half", "BFloat16") for k in (3, 5) for s in (1, 2)
@@ -82,14 +83,26 @@ ptxas info    : Used 130 registers, used 1 barriers, 352 bytes cmem[0]
     assert parsed(report) == [Kernel("k(float*)", 130, 16, 8)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100"])
-@pytest.mark.parametrize("source", SOURCES)
+def limit(kernel: Kernel) -> int:
+    """Registers that two blocks of this kernel may have."""
+    return MORE_REGISTERS if re.search(r"Backward<\w+,5,", kernel.name) else REGISTERS
+
+
+ALL = [
+    (source, arch) for arch in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100") for source in SOURCES
+]
+BY_DEFAULT = ("depthwise_conv2d.cu", "sm_90a")  # 8 s of the compiler; a backward one takes 35
+
+
+@pytest.mark.parametrize(
+    ("source", "arch"),
+    [pytest.param(*case, marks=[] if case == BY_DEFAULT else [pytest.mark.slow]) for case in ALL],
+)
 def test_no_kernel_spills(source: str, arch: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     kernels = compiled(source, arch, tmp_path_factory.getbasetemp())
     wanted = FORWARD if source == "depthwise_conv2d.cu" else BACKWARD
     for part in wanted:
         assert any(f"<{part}," in kernel.name for kernel in kernels), part
     assert any("sum_partials_kernel" in kernel.name for kernel in kernels)
-    faults = [k for k in kernels if k.spills or k.stack or k.registers > REGISTERS]
+    faults = [k for k in kernels if k.spills or k.stack or k.registers > limit(k)]
     assert not faults, "\n".join(map(str, faults))
