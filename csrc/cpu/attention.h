@@ -49,7 +49,7 @@ class Attention {
   template <class R>
   void project(int64_t at, int64_t packed, int64_t bias, int64_t channels, Activation act, R* out,
                bool as_values);
-  void transpose_keys();
+  void transpose_keys(const Term* k);
   template <class R>
   void copy_slices(const T* rows, R* out, bool as_values);
   void make_values(int64_t head);
@@ -57,6 +57,11 @@ class Attention {
   void softmax_row(T* scores, Term* weights);
 
   static Term* terms(T* place) { return reinterpret_cast<Term*>(place); }
+  // Whether one panel holds a head's queries and, behind them, its keys.
+  bool joined() const {
+    const int64_t d = a_.head_dim;
+    return call_.qk_weight.data != nullptr && 2 * d <= kPanel<T> && d % kTerms<Term> == 0;
+  }
   int64_t d_panels() const { return ceil_div(a_.head_dim, kPanel<T>); }
   int64_t value_width(int64_t panel) const {
     return panel_width<T>(a_.value_dim - panel * kPanel<T>);
@@ -88,13 +93,30 @@ void pack_projection(const Param& weight, const Param& bias, int64_t row, int64_
   }
 }
 
+// The d rows of queries from `row` on and the keys' C below them, side by side in one panel.
+template <class T, class E>
+void pack_joined(const Param& weight, const Param& bias, int64_t row, int64_t d, int64_t C,
+                 E* packed, T* packed_bias) {
+  const int64_t width = panel_width<T>(2 * d);
+  with_elements<T>(weight, [&](auto* elements) {
+    pack_panel<E>(elements + row * C, d, C, packed, d, C, width);
+    pack_panel<E>(elements + (C + row) * C, d, C, packed + d * kTerms<E>, width - d, C, width);
+  });
+  copy_elements<T>(bias, row, d, packed_bias, d);
+  copy_elements<T>(bias, C + row, d, packed_bias + d, kPanel<T> - d);
+}
+
 template <class Ty>
 void Attention<Ty>::pack(int64_t h0, int64_t h1) {
   const int64_t C = call_.C, depth = plan_.depth(C);
   const int64_t d = a_.head_dim, step = d_panels() * kPanel<T>;
   const int64_t v_step = ceil_div(a_.value_dim, kPanel<T>) * kPanel<T>;
   for (int64_t head = h0; head < h1; ++head) {
-    if (call_.qk_weight.data) {
+    if (joined()) {
+      pack_joined(call_.qk_weight, call_.qk_bias, head * d, d, C,
+                  terms(shared_ + a_.qk_weight) + 2 * head * step * depth,
+                  shared_ + a_.qk_bias + 2 * head * step);
+    } else if (call_.qk_weight.data) {
       for (int64_t k = 0; k < 2; ++k) {
         const int64_t slot = 2 * head + k;
         pack_projection(call_.qk_weight, call_.qk_bias, k * C + head * d, d, C, depth,
@@ -162,9 +184,8 @@ void Attention<Ty>::project(int64_t at, int64_t packed, int64_t bias, int64_t ch
 
 // keys as [panel of tokens][head_dim][width]: the B operand of q k^T.
 template <class Ty>
-void Attention<Ty>::transpose_keys() {
+void Attention<Ty>::transpose_keys(const Term* k) {
   const int64_t P = kPanel<T>, room = a_.tokens + kMostGemmRows, d = a_.head_dim;
-  const Term* const k = terms(own_ + a_.k);
   for (int64_t t = 0; t < a_.tokens; t += P) {
     const int64_t left = a_.tokens - t, width = panel_width<T>(left);
     for (int64_t c = 0; c < d; c += P) {
@@ -242,20 +263,20 @@ void Attention<Ty>::softmax_row(T* scores, Term* weights) {
   using V = Vec<T, kLanes>;
   const int64_t P = kPanel<T>, stride = (kAttentionQueries + kMostGemmRows) * P, L = a_.tokens;
   const auto each = [&](auto f) __attribute__((always_inline)) {
-    for (int64_t t = 0; t < L; t += kLanes)
-      f(scores + t / P * stride + t % P, min<int64_t>(kLanes, L - t));
+    T* panel = scores;
+    for (int64_t t = 0; t < L; t += P, panel += stride) {
+      const int64_t here = min(P, L - t);
+      for (int64_t lane = 0; lane < here; lane += kLanes) f(panel + lane, here - lane);
+    }
   };
-  V most = splat<V>(scores[0]);
+  const V lowest = splat<V>(-static_cast<T>(__builtin_inff()));
+  V most = lowest;
   each([&](T* s, int64_t count) __attribute__((always_inline)) {
     V v = load<V>(s);
-    for (int64_t i = count; i < kLanes; ++i) v[i] = scores[0];
+    if (count < kLanes) v = first_lanes<V, T>(v, count, lowest);
     most = v > most ? v : most;
   });
-  T lanes[kLanes], largest;
-  store(lanes, most);
-  largest = lanes[0];
-  for (int i = 1; i < kLanes; ++i) largest = max(largest, lanes[i]);
-  const T scale = static_cast<T>(a_.scale);
+  const T largest = max_lanes<V, T>(most), scale = static_cast<T>(a_.scale);
   V sum{};
   each([&](T* s, int64_t count) __attribute__((always_inline)) {
     V e = exponential<T>((load<V>(s) - largest) * scale);
@@ -323,7 +344,11 @@ void Attention<Ty>::run(int64_t image0, int64_t u0, int64_t u1, bool grid, bool 
     if (window != entered) enter_window(image0 + image, window % windows, grid);
     entered = window;
     const T* const rows = own_ + a_.h_rows + head * d;
-    if (call_.qk_weight.data) {
+    const Term* keys = k;
+    if (joined()) {
+      project(2 * head * step, a_.qk_weight, a_.qk_bias, 2 * d, Activation::kNone, q, false);
+      keys = q + d;
+    } else if (call_.qk_weight.data) {
       project(2 * head * step, a_.qk_weight, a_.qk_bias, d, Activation::kNone, q, false);
       project((2 * head + 1) * step, a_.qk_weight, a_.qk_bias, d, Activation::kNone, k, false);
     } else {
@@ -331,7 +356,7 @@ void Attention<Ty>::run(int64_t image0, int64_t u0, int64_t u1, bool grid, bool 
       copy_slices(rows, k, false);
     }
     make_values(head);
-    transpose_keys();
+    transpose_keys(keys);
     // Padded queries land behind the images, every thread's in a pixel of its own.
     const int64_t nowhere = (plan_.images * map + thread - image * map) * a_.z_channels;
     Map* const z = reinterpret_cast<Map*>(shared_ + a_.z) + image * map * a_.z_channels;

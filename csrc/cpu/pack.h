@@ -36,12 +36,12 @@ EMO_INLINE void transpose(V* rows) {
 
 // One vector of rows of pack_panel, those past `rows` zero.
 template <class E, bool kWhole, class S>
-EMO_INLINE void pack_rows(const S* src, int64_t rows, int64_t K, SumOf<E>* dst, int64_t width,
+EMO_INLINE void pack_rows(const S* src, int64_t rows, int64_t K, SumOf<E>* dst, int64_t dst_stride,
                           int64_t stride, int64_t store_width) {
   using T = SumOf<E>;
   constexpr int kLanes = kLanesOf<T>, kStep = kLanes * kTerms<E>;
   using V = Vec<T, kLanes>;
-  for (int64_t k = 0; k < K; k += kStep, dst += kLanes * width) {
+  for (int64_t k = 0; k < K; k += kStep, dst += kLanes * dst_stride) {
     const int64_t depth = min<int64_t>(kStep, K - k);
     V block[kLanes];
     unroll<kLanes>(EMO_UNROLLED(i) {
@@ -55,29 +55,35 @@ EMO_INLINE void pack_rows(const S* src, int64_t rows, int64_t K, SumOf<E>* dst, 
     });
     transpose<V, kLanes>(block);
     if (kWhole || (depth == kStep && store_width == kLanes)) {
-      unroll<kLanes>(EMO_UNROLLED(i) { store(dst + i * width, block[i]); });
+      unroll<kLanes>(EMO_UNROLLED(i) { store(dst + i * dst_stride, block[i]); });
     } else {
       const int64_t lanes = ceil_div(depth, kTerms<E>);
-      for (int64_t i = 0; i < lanes; ++i) store_first(dst + i * width, block[i], store_width);
+      for (int64_t i = 0; i < lanes; ++i) store_first(dst + i * dst_stride, block[i], store_width);
     }
   }
 }
 
-// dst[k * width + r] = src[r * stride + k] for r < rows, 0 for rows <= r < width; of pairs
+// dst[k * dst_stride + r] = src[r * stride + k] for r < rows, 0 for rows <= r < width; of pairs
 // likewise, the last one filled up with 0.
 template <class E, class S>
-void pack_panel(const S* src, int64_t rows, int64_t K, E* dst, int64_t width, int64_t stride) {
+void pack_panel(const S* src, int64_t rows, int64_t K, E* dst, int64_t width, int64_t stride,
+                int64_t dst_stride) {
   using T = SumOf<E>;
   constexpr int kLanes = kLanesOf<T>;
   T* lanes = reinterpret_cast<T*>(dst);
   for (int64_t r = 0; r < width; r += kLanes, src += kLanes * stride, lanes += kLanes) {
     const int64_t store_width = min<int64_t>(kLanes, width - r);
     if (rows - r >= kLanes && K % (kLanes * kTerms<E>) == 0) {
-      pack_rows<E, true>(src, rows - r, K, lanes, width, stride, store_width);
+      pack_rows<E, true>(src, rows - r, K, lanes, dst_stride, stride, store_width);
     } else {
-      pack_rows<E, false>(src, rows - r, K, lanes, width, stride, store_width);
+      pack_rows<E, false>(src, rows - r, K, lanes, dst_stride, stride, store_width);
     }
   }
+}
+
+template <class E, class S>
+void pack_panel(const S* src, int64_t rows, int64_t K, E* dst, int64_t width, int64_t stride) {
+  pack_panel(src, rows, K, dst, width, stride, width);
 }
 
 template <class E, class S>

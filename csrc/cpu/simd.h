@@ -98,24 +98,18 @@ EMO_INLINE void store_first(T* p, V v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
 
-// v with the lanes from `count` on set to 0.
+// v with the lanes from `count` on taken from `rest`.
 template <class V, class T>
-EMO_INLINE V first_lanes(V v, int64_t count) {
+EMO_INLINE V first_lanes(V v, int64_t count, V rest = V{}) {
+#if defined(EMO_ISA_AVX512)
+  const auto mask = static_cast<uint32_t>((uint64_t{1} << count) - 1);
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_mask_mov_ps(rest, mask, v);
+#endif
   constexpr int kLanes = sizeof(V) / sizeof(T);
   T lanes[kLanes];
-  store(lanes, v);
-  return load_first<V>(lanes, count);
-}
-
-template <class V, class T>
-EMO_INLINE T sum_lanes(V v) {
-  constexpr int kLanes = sizeof(V) / sizeof(T);
-  T lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+  store(lanes, rest);
+  store_first(lanes, v, count);
+  return load<V>(lanes);
 }
 
 template <class T>
@@ -157,6 +151,28 @@ EMO_INLINE void unroll(F f) {
   unroll_over(f, typename MakeIndices<kCount>::type{});
 }
 #define EMO_UNROLLED(i) [&](auto i) __attribute__((always_inline))
+
+// f over all lanes, pairwise: lanes half a vector apart, then a quarter, ...
+template <int kWidth, class V, class F, int... kLane>
+EMO_INLINE V reduce_lanes(V v, F f, Indices<kLane...> lanes) {
+  v = f(v, __builtin_shufflevector(v, v, (kLane ^ kWidth)...));
+  if constexpr (kWidth > 1) v = reduce_lanes<kWidth / 2>(v, f, lanes);
+  return v;
+}
+
+template <class V, class T>
+EMO_INLINE T sum_lanes(V v) {
+  constexpr int kLanes = sizeof(V) / sizeof(T);
+  const auto add = [](V a, V b) __attribute__((always_inline)) { return a + b; };
+  return reduce_lanes<kLanes / 2>(v, add, typename MakeIndices<kLanes>::type{})[0];
+}
+
+template <class V, class T>
+EMO_INLINE T max_lanes(V v) {
+  constexpr int kLanes = sizeof(V) / sizeof(T);
+  const auto larger = [](V a, V b) __attribute__((always_inline)) { return a > b ? a : b; };
+  return reduce_lanes<kLanes / 2>(v, larger, typename MakeIndices<kLanes>::type{})[0];
+}
 
 EMO_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
