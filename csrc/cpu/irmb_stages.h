@@ -76,6 +76,8 @@ class Stages {
     int64_t begin, end;
   };
   PixelRange share_of_panel(int64_t panel, int thread, int threads) const;
+  template <class D>
+  void normalize_row(int64_t row, int64_t panel0, int64_t panel1, D* dst, int64_t panel_stride);
   void pack_x(int64_t row0, int64_t row1);
   void expand_rows(int64_t row0, int64_t row1);
   void expand_panel(int64_t panel, int64_t pixels);

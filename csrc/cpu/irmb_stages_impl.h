@@ -112,46 +112,42 @@ void Stages<Ty>::set_block(int64_t n, int64_t column0, int64_t column1) {
   }
 }
 
+// Panels of one input row's columns, normalised.
+template <class Ty>
+template <class D>
+void Stages<Ty>::normalize_row(int64_t row, int64_t panel0, int64_t panel1, D* dst,
+                               int64_t panel_stride) {
+  const int64_t C = call_.C, columns = in_column1_ - in_column0_;
+  const Map* x = source_ + ((n_ * call_.H + row) * call_.W + in_column0_) * C;
+  const T *scale = own_ + plan.norm_scale, *shift = own_ + plan.norm_shift;
+  const T eps = static_cast<T>(call_.norm_eps);
+  const auto rows_of = [&](auto normalize) {
+    normalize(x, columns, C, panel0, panel1, scale, shift, eps, dst, panel_stride);
+  };
+  if (call_.norm == Norm::kNone) {
+    rows_of(normalize_pixels<T, Norm::kNone, Map, D>);
+  } else if (call_.norm == Norm::kAffine) {
+    rows_of(normalize_pixels<T, Norm::kAffine, Map, D>);
+  } else {
+    rows_of(normalize_pixels<T, Norm::kLayer, Map, D>);
+  }
+}
+
 template <class Ty>
 void Stages<Ty>::pack_x(int64_t row0, int64_t row1) {
   if (row0 == packed_row0_ && row1 == packed_row1_) return;
   packed_row0_ = row0;
   packed_row1_ = row1;
-  const int64_t C = call_.C, P = kPanel<T>, panel_stride = plan.chunk_pixels * P;
-  const T *scale = own_ + plan.norm_scale, *shift = own_ + plan.norm_shift;
-  const T eps = static_cast<T>(call_.norm_eps);
   Term* dst = terms(own_ + plan.x_panels);
-  for (int64_t y = row0; y < row1; ++y) {
-    const Map* x = source_ + ((n_ * call_.H + y) * call_.W + in_column0_) * C;
-    const int64_t columns = in_column1_ - in_column0_;
-    for (int64_t i = 0; i < columns; ++i, x += C, dst += P) {
-      if (call_.norm == Norm::kNone) {
-        normalize_pixel<T, Norm::kNone>(x, C, scale, shift, eps, dst, panel_stride);
-      } else if (call_.norm == Norm::kAffine) {
-        normalize_pixel<T, Norm::kAffine>(x, C, scale, shift, eps, dst, panel_stride);
-      } else {
-        normalize_pixel<T, Norm::kLayer>(x, C, scale, shift, eps, dst, panel_stride);
-      }
-    }
+  for (int64_t y = row0; y < row1; ++y, dst += (in_column1_ - in_column0_) * kPanel<T>) {
+    normalize_row(y, 0, plan.panels_c, dst, plan.chunk_pixels * kPanel<T>);
   }
 }
 
 template <class Ty>
 void Stages<Ty>::expand_panel(int64_t panel, int64_t pixels) {
   const int64_t P = kPanel<T>, m = panel * P;
-  const Term* x_panels = terms(own_ + plan.x_panels);
-  if (call_.v_weight.data == nullptr) {  // no expansion: the panel is the normalised map's
-    using V = Vec<T, kLanesOf<T>>;
-    const Term* src = x_panels + panel * plan.chunk_pixels * P;
-    for (int64_t i = 0; i < pixels; ++i) {
-      T* dst = ring_of(panel) + ring_offsets_[i];
-      unroll<kPanel<T> / kLanesOf<T>>(EMO_UNROLLED(j) {
-        store(dst + j * kLanesOf<T>, load_as<V>(src + i * P + j * kLanesOf<T>));
-      });
-    }
-    return;
-  }
-  const ExpandTile<Term, T> tile{x_panels,
+  const ExpandTile<Term, T> tile{terms(own_ + plan.x_panels),
                                  plan.chunk_pixels * P,
                                  terms(packed_ + plan.v_weight) + slot(panel) * plan.depth(call_.C),
                                  call_.C,
@@ -165,11 +161,21 @@ void Stages<Ty>::expand_panel(int64_t panel, int64_t pixels) {
 
 template <class Ty>
 void Stages<Ty>::expand_rows(int64_t row0, int64_t row1) {
-  pack_x(row0, row1);
   const int64_t P = kPanel<T>;
+  const auto pixel_of = [&](int64_t y) {
+    return (y % plan.ring_rows) * plan.ring_columns + ring_column0_;
+  };
+  if (call_.v_weight.data == nullptr) {  // no expansion: the ring takes the normalised rows
+    for (int64_t y = row0; y < row1; ++y) {
+      normalize_row(y, group0_, group1_, ring_of(group0_) + pixel_of(y) * P,
+                    ring_of(group0_ + 1) - ring_of(group0_));
+    }
+    return;
+  }
+  pack_x(row0, row1);
   int64_t pixels = 0;
   for (int64_t y = row0; y < row1; ++y) {
-    const int64_t row = (y % plan.ring_rows) * plan.ring_columns + ring_column0_;
+    const int64_t row = pixel_of(y);
     for (int64_t i = 0; i < in_column1_ - in_column0_; ++i) ring_offsets_[pixels++] = (row + i) * P;
   }
   const int64_t nowhere = plan.ring_rows * plan.ring_columns * P;

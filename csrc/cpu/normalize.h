@@ -61,6 +61,14 @@ EMO_INLINE PixelMoments<T> pixel_moments(const S* x, int64_t C, T eps) {
   return {near, rest, T(1) / square_root(max(square - rest * rest, T(0)) + eps)};
 }
 
+// One vector of channels of norm(x).
+template <Norm kNorm, class T, class V>
+EMO_INLINE V normalize(V v, const PixelMoments<T>& moments, V scale, V shift) {
+  if constexpr (kNorm == Norm::kLayer) v = ((v - moments.near) - moments.rest) * moments.scale;
+  if constexpr (kNorm != Norm::kNone) v = fma(v, scale, shift);
+  return v;
+}
+
 // dst[c / panel][.][c % panel] = norm(x)[c], zero in the lanes past C; x and dst of any type.
 template <class T, Norm kNorm, class S, class D>
 EMO_INLINE void normalize_pixel(const S* x, int64_t C, const T* scale, const T* shift, T eps,
@@ -68,11 +76,50 @@ EMO_INLINE void normalize_pixel(const S* x, int64_t C, const T* scale, const T* 
   using V = Vec<T, kLanesOf<T>>;
   PixelMoments<T> moments{};
   if constexpr (kNorm == Norm::kLayer) moments = pixel_moments<T>(x, C, eps);
-  each_channel<T>(x, C, [&](V v, int64_t c) __attribute__((always_inline)) {
-    if constexpr (kNorm == Norm::kLayer) v = ((v - moments.near) - moments.rest) * moments.scale;
-    if constexpr (kNorm != Norm::kNone) v = fma(v, load<V>(scale + c), load<V>(shift + c));
-    store_as(dst + c / kPanel<T> * panel_stride + c % kPanel<T>, v);
-  });
+  for (int64_t c = 0; c < C; c += kPanel<T>, dst += panel_stride) {
+    each_channel<T>(x + c, min<int64_t>(kPanel<T>, C - c),
+                    [&](V v, int64_t lane) __attribute__((always_inline)) {
+                      store_as(dst + lane, normalize<kNorm>(v, moments, load<V>(scale + c + lane),
+                                                            load<V>(shift + c + lane)));
+                    });
+  }
+}
+
+constexpr int64_t kNormPixels = 16;  // whose moments are kept while a vector runs down them
+
+// Panels [panel0, panel1) of `pixels` neighbouring pixels: dst[panel - panel0][pixel][channel].
+template <class T, Norm kNorm, class S, class D>
+void normalize_pixels(const S* x, int64_t pixels, int64_t C, int64_t panel0, int64_t panel1,
+                      const T* scale, const T* shift, T eps, D* dst, int64_t panel_stride) {
+  using V = Vec<T, kLanesOf<T>>;
+  constexpr int64_t P = kPanel<T>;
+  const int64_t end = min(C, panel1 * P);
+  for (; pixels > 0; pixels -= kNormPixels, x += kNormPixels * C, dst += kNormPixels * P) {
+    const int64_t here = min(kNormPixels, pixels);
+    PixelMoments<T> moments[kNormPixels];
+    if constexpr (kNorm == Norm::kLayer) {
+      for (int64_t i = 0; i < here; ++i) moments[i] = pixel_moments<T>(x + i * C, C, eps);
+    }
+    D* panel = dst;
+    for (int64_t p = panel0 * P; p < end; p += P, panel += panel_stride) {
+      for (int64_t c = p; c < min(end, p + P); c += kLanesOf<T>) {
+        const V gain = load<V>(scale + c), offset = load<V>(shift + c);
+        D* const out = panel + c - p;
+        const int64_t count = C - c;
+        if (count >= kLanesOf<T>) {
+          for (int64_t i = 0; i < here; ++i) {
+            store_as(out + i * P,
+                     normalize<kNorm>(load_as<V>(x + i * C + c), moments[i], gain, offset));
+          }
+        } else {
+          for (int64_t i = 0; i < here; ++i) {
+            store_as(out + i * P,
+                     normalize<kNorm>(load_as<V>(x + i * C + c, count), moments[i], gain, offset));
+          }
+        }
+      }
+    }
+  }
 }
 
 }  // namespace
