@@ -9,7 +9,7 @@ namespace emo_kernels::cpu {
 namespace {
 
 constexpr int64_t kCacheBudget = 640 * 1024;  // of a 1 MB L2: what one thread keeps in flight
-constexpr int64_t kPanelsBudget = 1024 * 1024;
+constexpr int64_t kPanelsBudget = 1 << 20;    // the same by panels, where d is written once
 constexpr int64_t kTilePixels = 56;           // output pixels of a tile on narrow maps
 constexpr int64_t kAttendedBudget = 2 << 20;  // bytes of attention results in flight, all threads
 constexpr int64_t kSharedDepthwiseLimit = 4 << 20;  // bytes that may pass between cores

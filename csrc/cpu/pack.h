@@ -1,8 +1,9 @@
 // Packing of weights into panels: (rows, K) as PyTorch keeps them -> [K][width], vectors over rows,
 // or in pairs of bfloat16 [K / 2][width][2].
 //
-// Done at every call (a panel of 32 x 160 takes about 2 us on one Zen 4 core) instead of cached:
-// a later change of a weight is then always seen, by construction, and no second copy is kept.
+// Done at every call instead of cached: a later change of a weight is then always seen, by
+// construction, and no second copy is kept. A panel of 48 x 160 takes 0.7 us on one Zen 4 core out
+// of its L2 cache and 3 us out of memory: see Ahead of gemm.h.
 #pragma once
 
 #include "cpu/bf16.h"
