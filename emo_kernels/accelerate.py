@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from emo_kernels import backends, ops, reference
 from emo_kernels.link import Link
 from emo_kernels.ops.registration import needs_gradient, runs_standard_operators
 from emo_kernels.spec import IRMBSpec, IRMBWeights
-from emo_kernels.structure import Reading, UnreadableError, has_global_hooks, looks_like_irmb
+from emo_kernels.stem import accelerate_stems
+from emo_kernels.structure import Reading, UnreadableError, looks_like_irmb
+from emo_kernels.swap import SwappedForward, in_inference, own_forward, restore_module
 from emo_kernels.train_block import train
 
 
@@ -21,11 +23,12 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
     """Run every inverted residual mobile block of ``model`` on fused kernels, in place.
 
     Blocks are found by structure: this library's, the published class pasted into any code base,
-    and subclasses. A block is swapped only if its own forward agrees with the reference on a probe
-    input. Weights, buffers, hooks, ``state_dict``, copies and pickles stay as they are; each call
-    reads the weights as they are then, and moves running statistics as the block does. Calls that
-    no kernel covers (training and autocast where no backend has training kernels, dropout, tracing,
-    export) run the block's own forward.
+    and subclasses; the stem in front of them goes along, in inference. Each is swapped only if its
+    own forward agrees with the reference on a probe input. Weights, buffers, hooks,
+    ``state_dict``, copies and pickles stay as they are; each call reads the weights as they are
+    then, and moves running statistics as the block does. Calls that no kernel covers (training and
+    autocast where no backend has training kernels, dropout, tracing, export) run the block's own
+    forward.
 
     Args:
         model: any module; blocks at every depth are found.
@@ -64,8 +67,10 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
     for path, block in found:
         # Where any backend may run it, a block without a kernel here may have one elsewhere.
         if path not in (changed if backend is None else left):
-            restore_block(block)
+            restore_module(block)
             block.forward = AcceleratedForward(block, backend)
+    if found:
+        accelerate_stems(model, backend)
     return model
 
 
@@ -79,20 +84,10 @@ def _describe(model: nn.Module, left: dict[str, str], total: int) -> str:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Give every block of ``model`` its own forward back. Returns the same model."""
-    for _, block in find_blocks(model):
-        restore_block(block)
+    """Give every module of ``model`` its own forward back. Returns the same model."""
+    for module in model.modules():
+        restore_module(module)
     return model
-
-
-def restore_block(block: nn.Module) -> None:
-    """Undo :func:`accelerate` on one block; nothing if it was not accelerated."""
-    forward = block.__dict__.get("forward")
-    if isinstance(forward, AcceleratedForward):
-        if forward.previous is None:
-            del block.__dict__["forward"]
-        else:
-            block.forward = forward.previous
 
 
 def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -100,56 +95,21 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((path, m) for path, m in model.named_modules() if looks_like_irmb(m))
 
 
-def own_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call the forward that ``block`` has without acceleration."""
-    forward = block.__dict__.get("forward")
-    if isinstance(forward, AcceleratedForward):
-        forward = forward.previous
-    if forward is None:
-        return type(block).forward(block, *args, **kwargs)
-    return forward(*args, **kwargs)
+class AcceleratedForward(SwappedForward[Reading]):
+    """The forward of an accelerated block."""
 
-
-class AcceleratedForward:
-    """The forward of an accelerated block. Copied and pickled with it; holds no weights."""
+    read = Reading
 
     def __init__(self, block: nn.Module, backend: str | None) -> None:
-        self.block = block
-        self.backend = backend
-        self.previous = block.__dict__.get("forward")
-        self._reading: Reading | None = None
+        super().__init__(block, backend)
         self._link = Link()
-        self._bound: Callable[[Tensor], Tensor | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None, "_bound": None, "_link": Link()}
+        return {**super().__getstate__(), "_link": Link()}
 
-    def reading(self) -> Reading:
-        """What the block is now."""
-        if self._reading is None or not self._reading.is_current():
-            self._reading = None
-            self._reading = Reading(self.block)
-        return self._reading
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The fused operator where it computes this call, else the block's own forward."""
-        if not torch.compiler.is_compiling() and self._bound is not None and not (args or kwargs):
-            out = self._bound(x)
-            if out is not None:
-                return out
-        return self._decide(x, *args, **kwargs)
-
-    def _decide(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """A call that is not the one made before: find out who computes it."""
-        if args or kwargs or not isinstance(x, Tensor) or has_global_hooks():
-            return own_forward(self.block, x, *args, **kwargs)
+    def decide(self, x: Tensor, reading: Reading) -> Tensor:
+        """A training step's kernels, the whole block's in inference, or the block's own forward."""
         eager = not torch.compiler.is_compiling()
-        if torch.jit.is_tracing() if eager else torch.compiler.is_exporting():
-            return own_forward(self.block, x)
-        try:
-            reading = self.reading()
-        except UnreadableError:
-            return own_forward(self.block, x)
         weights = reading.weights()
         autocast = torch.is_autocast_enabled(x.device.type)
         differentiated = reading.batch_dependent or needs_gradient((x, *weights))
@@ -253,16 +213,10 @@ def _probe(block: nn.Module, weights: IRMBWeights, spec: IRMBSpec) -> str | None
     """Whether the block's own forward computes what its structure says."""
     x = sample_input(weights, spec)
     x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
-    modes = [(module, module.training) for module in block.modules()]
     try:
-        for module, _ in modes:
-            module.training = False
-        expected = own_forward(block, x)
+        expected = in_inference(block, lambda: own_forward(block, x))
     except Exception as error:
         return f"its forward fails on a probe input ({type(error).__name__}: {error})"
-    finally:
-        for module, training in modes:
-            module.training = training
     untracked = (weights.norm_mean is None, weights.bn_mean is None)
     found = reference.irmb(x, weights, spec, batch_statistics=untracked)
     limit = max(1e-4, 8 * torch.finfo(x.dtype).eps)

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from emo_kernels import backends
 from emo_kernels.accelerate import AcceleratedForward, find_blocks, sample_input, unreadable
-from emo_kernels.spec import IRMBSpec, IRMBWeights
+from emo_kernels.stem import (
+    AcceleratedStem,
+    StemReading,
+    find_stems,
+    sample_image,
+    unreadable_stem,
+)
 from emo_kernels.structure import Reading
 
 
@@ -22,7 +28,7 @@ class Row:
 
     Attributes:
         path: of the block in the model; empty if the model is the block.
-        operator: ``irmb``, the whole block.
+        operator: ``irmb``, the whole block, or ``conv_norm_act``, the stem.
         shape: of the input, (N, C, H, W), where one was seen.
         inference, training: the backend that runs it; ``reference`` is the block's own forward.
         reasons: for each backend not chosen for inference, why not.
@@ -93,9 +99,12 @@ def explain(model_or_block: nn.Module, x: Tensor | None = None) -> Report:
         reference
     """
     inputs = {} if x is None else _record_inputs(model_or_block, x)
-    return Report(
-        [_row(path, block, inputs.get(path)) for path, block in find_blocks(model_or_block)]
-    )
+    blocks = list(find_blocks(model_or_block))
+    stems = [
+        _stem_row(path, stem, inputs.get(path))
+        for path, stem in (find_stems(model_or_block) if blocks else ())
+    ]
+    return Report([*stems, *(_row(path, block, inputs.get(path)) for path, block in blocks)])
 
 
 def _row(path: str, block: nn.Module, x: Tensor | None) -> Row:
@@ -115,14 +124,32 @@ def _row(path: str, block: nn.Module, x: Tensor | None) -> Row:
     return Row(path, "irmb", shape, inference, training, reasons, training_reasons)
 
 
+def _stem_row(path: str, stem: nn.Module, x: Tensor | None) -> Row:
+    """The convolution in front, whose training is its own forward's."""
+    shape = None if x is None else tuple(x.shape)
+    others = [name for name in backends.NAMES if name != "reference"]
+    training = dict.fromkeys(others, "the stem trains by its own forward")
+    forward, reason = stem.__dict__.get("forward"), unreadable_stem(stem)
+    if reason is not None or not isinstance(forward, AcceleratedStem):
+        reason = reason or "the stem is not accelerated: call emo_kernels.accelerate(model)"
+        reasons = dict.fromkeys(others, reason)
+        return Row(path, "conv_norm_act", shape, "reference", "reference", reasons, training)
+    reading = StemReading(stem)
+    tensors = reading.tensors()
+    assert tensors[0] is not None
+    x = sample_image(tensors[0], reading.spec) if x is None else x
+    inference, reasons = _choose("conv_norm_act", forward.backend, x, *tensors, **reading.spec)
+    return Row(path, "conv_norm_act", shape, inference, "reference", reasons, training)
+
+
 def _choose(
-    operator: str, backend: str | None, x: Tensor, weights: IRMBWeights, spec: IRMBSpec
+    operator: str, backend: str | None, x: Tensor, *args: Any, **options: Any
 ) -> tuple[str, dict[str, str]]:
     """(the backend that runs it, reason for each that does not)."""
     asked = backends.requested(backend)
     chosen, reasons = "reference", {}
     for name in reversed(backends.NAMES):
-        reason = backends.why_not(name, operator, x.device.type, x, weights, spec)
+        reason = backends.why_not(name, operator, x.device.type, x, *args, **options)
         if name == "reference":
             continue
         if asked is None:
@@ -144,7 +171,8 @@ def _record_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     def record(path: str) -> Any:
         return lambda _block, args: inputs.__setitem__(path, args[0])
 
-    handles = [b.register_forward_pre_hook(record(path)) for path, b in find_blocks(model)]
+    watched = [*find_stems(model), *find_blocks(model)]
+    handles = [module.register_forward_pre_hook(record(path)) for path, module in watched]
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

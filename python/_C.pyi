@@ -30,6 +30,9 @@ def prepare_irmb(
     norm_eps: float,
     bn_eps: float,
 ) -> Prepared: ...
+def prepare_conv_norm_act(
+    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float
+) -> Prepared: ...
 def bind_call(
     kernel: Prepared,
     api: object,

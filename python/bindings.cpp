@@ -6,6 +6,7 @@
 #include <string>
 
 #include "bound_call.h"
+#include "cpu/conv_norm_act.h"
 #include "cuda_bindings.h"
 #include "emo_kernels.h"
 #include "output_pool.h"
@@ -103,6 +104,26 @@ cpu::IrmbCall irmb_call(int dtype, int weight_dtype, const py::tuple& weights,
   return call;
 }
 
+template <class P>
+void point(P*& target, int64_t address) {
+  target = reinterpret_cast<P*>(static_cast<uintptr_t>(address));
+}
+
+// Fills the call's pointers, in the order given.
+template <class... P>
+void point_all(const py::tuple& addresses, P*&... targets) {
+  const auto address = integers<sizeof...(P)>("pointers", addresses);
+  size_t i = 0;
+  (point(targets, address[i++]), ...);
+}
+
+template <class... I>
+void size_all(const py::tuple& values, I&... targets) {
+  const auto value = integers<sizeof...(I)>("sizes", values);
+  size_t i = 0;
+  ((targets = static_cast<I>(value[i++])), ...);
+}
+
 // A launch of `call` whose map, result and threads are still open.
 template <class Call>
 Prepared prepared(Call call, void (*launch)(const Call&)) {
@@ -123,28 +144,19 @@ Prepared prepare_irmb(int dtype, int weight_dtype, const py::tuple& weights,
       cpu::irmb);
 }
 
+Prepared prepare_conv_norm_act(int dtype, const py::tuple& pointers, const py::tuple& sizes,
+                               double eps) {
+  cpu::ConvNormActCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.weight, c.bias, c.norm_weight, c.norm_bias, c.norm_mean, c.norm_var);
+  size_all(sizes, c.N, c.C, c.H, c.W, c.O, c.K, c.stride, c.padding, c.dilation, c.channels_last,
+           c.act);
+  c.eps = eps;
+  return prepared(c, cpu::conv_norm_act);
+}
+
 // ---- one training step, operator by operator: pointers and sizes in the order of emo_kernels/cpu
 // --
-
-template <class P>
-void point(P*& target, int64_t address) {
-  target = reinterpret_cast<P*>(static_cast<uintptr_t>(address));
-}
-
-// Fills the call's pointers, in the order given.
-template <class... P>
-void point_all(const py::tuple& addresses, P*&... targets) {
-  const auto address = integers<sizeof...(P)>("pointers", addresses);
-  size_t i = 0;
-  (point(targets, address[i++]), ...);
-}
-
-template <class... I>
-void size_all(const py::tuple& values, I&... targets) {
-  const auto value = integers<sizeof...(I)>("sizes", values);
-  size_t i = 0;
-  ((targets = static_cast<I>(value[i++])), ...);
-}
 
 void pixels(int dtype, int op, const py::tuple& pointers, const py::tuple& sizes, int threads) {
   cpu::PixelsCall c;
@@ -280,6 +292,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("prepare_irmb", &prepare_irmb, py::arg("dtype"), py::arg("weight_dtype"),
         py::arg("weights"), py::arg("counts"), py::arg("sizes"), py::arg("switches"),
         py::arg("norm_eps"), py::arg("bn_eps"));
+  m.def("prepare_conv_norm_act", &prepare_conv_norm_act);
   m.def("release_scratch", [] {
     cpu::release_scratch();
     emo_kernels::python::output_pool().clear();

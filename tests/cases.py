@@ -20,7 +20,7 @@ from torch import Tensor
 from emo_kernels import ops
 from emo_kernels.spec import IRMBSpec, IRMBWeights, batch_norm_affine
 
-STEMS = ("depthwise_conv2d", "expand", "window_attention", "shrink", "irmb")
+STEMS = ("conv_norm_act", "depthwise_conv2d", "expand", "window_attention", "shrink", "irmb")
 
 
 class MakeCase(Protocol):
@@ -46,6 +46,27 @@ def depthwise_case(
     x = _map(row, "u", (row.n, row.m, row.h, row.w), seed, data)
     options = {"stride": row.stride, "padding": row.padding, "dilation": row.dilation}
     return Case({"x": x, "weight": shapes.weights(row, data=data, seed=seed).dw_weight}, options)
+
+
+def conv_norm_act_case(
+    row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0
+) -> Case:
+    """The row as a stem: C channels of an image to O, the norm and the bias where it has them."""
+    shaped: dict[str, tuple[int, ...]] = {"weight": (row.o, row.c, row.kernel, row.kernel)}
+    if row.bias:
+        shaped["bias"] = (row.o,)
+    if row.norm == "batch":
+        names = ("norm_weight", "norm_bias", "norm_mean", "norm_var")
+        shaped |= dict.fromkeys(names, (row.o,))
+    options = {"stride": row.stride, "padding": row.padding, "dilation": row.dilation}
+    return Case(
+        {
+            "x": shapes.feature_map(row, data=data, seed=seed),
+            **shapes.trained(row, shaped, data=data, seed=seed),
+        },
+        {**options, "act": row.act},
+        constant=("norm_mean", "norm_var"),
+    )
 
 
 def _norm(row: Row, weights: IRMBWeights) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
@@ -124,6 +145,7 @@ def irmb_case(row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: i
 
 
 CASES: dict[str, MakeCase] = {
+    "conv_norm_act": conv_norm_act_case,
     "depthwise_conv2d": depthwise_case,
     "expand": expand_case,
     "window_attention": attention_case,

@@ -161,6 +161,42 @@ def window_attention(
     return attend(q, k, v, head_dim, window_size, window_mode)[:, :, :h, :w]
 
 
+def conv_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_mean: Tensor | None = None,
+    norm_var: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int,
+    dilation: int = 1,
+    eps: float = 1e-6,
+    act: str = "none",
+) -> Tensor:
+    """act(BN(W * x + b)), tap by tap."""
+    n, c, h, w = x.shape
+    k = weight.shape[-1]
+    field = x.new_zeros(n, c, h + 2 * padding, w + 2 * padding)
+    field[:, :, padding : padding + h, padding : padding + w] = x
+    reach = dilation * (k - 1) + 1
+    rows, cols = (range(0, side - reach + 1, stride) for side in field.shape[2:])
+    y = x.new_zeros(n, weight.shape[0], len(rows), len(cols))
+    for a in range(k):
+        for b in range(k):
+            top, left = a * dilation, b * dilation
+            seen = field[:, :, top::stride, left::stride][:, :, : len(rows), : len(cols)]
+            y = y + torch.einsum("oc,nchw->nohw", weight[:, :, a, b], seen)
+    if bias is not None:
+        y = y + bias.reshape(1, -1, 1, 1)
+    if norm_mean is not None and norm_var is not None:
+        mean, var = (t.reshape(1, -1, 1, 1) for t in (norm_mean, norm_var))
+        y = normalize((y - mean) / (var + eps).sqrt(), norm_weight, norm_bias, "affine", 0.0)
+    return activate(y, act)
+
+
 def shrink(
     y: Tensor,
     weight: Tensor,

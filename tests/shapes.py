@@ -311,9 +311,28 @@ ODD = [
     Row("kernel_7", c=12, m=20, o=12, h=9, w=8, kernel=7),
 ]
 
+# ------------------------------------------------------------------------------------------- stems
+
+_IMAGE = Row("image", c=3, m=24, o=24, h=19, w=22, stride=2, act="none", skip=False)
+
+STEMS = [
+    replace(_IMAGE, name="stem_224", h=224, w=224, n=1, slow=True),
+    replace(_IMAGE, name="stem_small"),
+    replace(_IMAGE, name="stem_v2_small", act="silu", o=32, h=17, w=16),
+    replace(_IMAGE, name="stem_no_norm", norm="none", act="gelu", o=7),
+    replace(_IMAGE, name="stem_no_bias", bias=False, act="relu", o=40),
+    replace(_IMAGE, name="stem_grey_k5_dilated", c=1, o=5, kernel=5, dilation=2, w=23, act="silu"),
+    replace(_IMAGE, name="stem_patches_4x4", c=4, o=48, kernel=4, stride=4, h=16, w=20),
+    replace(_IMAGE, name="stem_one_pixel", h=1, w=1, o=65, n=3),
+    replace(_IMAGE, name="stem_k7_o21", kernel=7, c=13, o=21, stride=1, h=9, w=35, n=1),
+    replace(_IMAGE, name="stem_pointwise", kernel=1, stride=1, o=33, h=5, w=31),
+    replace(_IMAGE, name="stem_of_a_map", c=21, o=10),
+    replace(_IMAGE, name="stem_batch_0", n=0),
+]
+
 TABLE: list[Row] = [*OFFICIAL, *DETECTION, *SWITCHES, *ODD]
-_BY_NAME = {row.name: row for row in TABLE}
-assert len(_BY_NAME) == len(TABLE), "two rows share a name"
+_BY_NAME = {row.name: row for row in [*TABLE, *STEMS]}
+assert len(_BY_NAME) == len(TABLE) + len(STEMS), "two rows share a name"
 
 
 # ------------------------------------------------------------------------------------------ views
@@ -371,7 +390,13 @@ def block_rows() -> list[Row]:
     return list(TABLE)
 
 
+def stem_rows() -> list[Row]:
+    """The convolutions of images."""
+    return list(STEMS)
+
+
 VIEWS: dict[str, Callable[[], list[Row]]] = {
+    "conv_norm_act": stem_rows,
     "depthwise_conv2d": depthwise_rows,
     "expand": expand_rows,
     "window_attention": attention_rows,
@@ -418,14 +443,20 @@ def weights(row: Row, *, data: str = "normal", qk_scale: float = 1.0, seed: int 
 
     ``qk_scale`` sharpens the attention, which scaling the input behind a norm cannot do.
     """
-    shaped = row.weight_shapes().items()
-    if data == "empty":
-        return IRMBWeights(**{name: torch.empty(s, dtype=torch.float64) for name, s in shaped})
-    values = {name: _trained(name, shape, generator(row, name, seed)) for name, shape in shaped}
+    values = trained(row, row.weight_shapes(), data=data, seed=seed)
     for name in ("qk_weight", "qk_bias"):
-        if name in values:
+        if name in values and data != "empty":
             values[name] = values[name] * qk_scale
     return IRMBWeights(**values)
+
+
+def trained(
+    row: Row, shaped: dict[str, tuple[int, ...]], *, data: str = "normal", seed: int = 0
+) -> dict[str, Tensor]:
+    """Tensors of these names and shapes."""
+    if data == "empty":
+        return {name: torch.empty(shape, dtype=torch.float64) for name, shape in shaped.items()}
+    return {n: _trained(n, shape, generator(row, n, seed)) for n, shape in shaped.items()}
 
 
 def _trained(name: str, shape: tuple[int, ...], source: torch.Generator) -> Tensor:

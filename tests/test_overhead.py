@@ -21,7 +21,7 @@ QUIET_MICROSECONDS = 2.3
 LIMITS = {"no gradient": 8.0, "gradient": 20.0}
 # One call instead of five, with 20 tensors and 14 switches to carry.
 WHOLE_BLOCK_LIMITS = {"no gradient": 13.0, "gradient": 27.0}
-STEMS = ("window_attention", "expand", "depthwise_conv2d", "shrink", "irmb")
+STEMS = ("conv_norm_act", "window_attention", "expand", "depthwise_conv2d", "shrink", "irmb")
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def calls(x):
     """Each torch op as the public function calls it, without argument checks and resolution."""
     vector, square = torch.zeros(8), torch.zeros(8, 8, 1, 1)
     qk, qk_bias = torch.zeros(16, 8, 1, 1), torch.zeros(16)
-    stencil = torch.zeros(8, 1, 3, 3)
+    stencil, dense = torch.zeros(8, 1, 3, 3), torch.zeros(8, 8, 3, 3)
     weights = IRMBWeights(
         norm_weight=vector, norm_bias=vector, norm_mean=vector, norm_var=vector, v_weight=square,
         v_bias=vector, dw_weight=stencil, bn_weight=vector, bn_bias=vector, bn_mean=vector,
@@ -75,6 +75,7 @@ def calls(x):
         "window_attention": (x, qk, qk_bias, None, None, None, None, 4, 7, "grid", "none", 1e-6)
         + ("none", 1),
         "expand": (x, square, vector, None, None, "none", 1e-6, "silu", 1),
+        "conv_norm_act": (x, dense, vector, vector, vector, vector, vector, 1, 1, 1, 1e-6, "silu"),
         "depthwise_conv2d": (x, stencil, 1, 1, 1),
         "shrink": (x, square, vector, vector, x, x, None, None),
         "irmb": (x, list(weights), *spec),
@@ -82,6 +83,7 @@ def calls(x):
     public = {
         "window_attention": lambda: ops.window_attention(x, qk, qk_bias, head_dim=4),
         "expand": lambda: ops.expand(x, square, vector, act="silu"),
+        "conv_norm_act": lambda: ops.conv_norm_act(x, dense, *[vector] * 5, act="silu"),
         "depthwise_conv2d": lambda: ops.depthwise_conv2d(x, stencil),
         "shrink": lambda: ops.shrink(x, square, vector, vector, x, x),
         "irmb": lambda: ops.irmb(x, weights, spec),

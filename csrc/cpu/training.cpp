@@ -1,8 +1,10 @@
-// Entry points of the training kernels: choose the instruction set, make room, run the team.
+// Entry points of the kernels but the whole block's: choose the instruction set, make room, run the
+// team.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "cpu/conv_norm_act.h"
 #include "cpu/isa.h"
 #include "cpu/launch.h"
 #include "cpu/threads.h"
@@ -57,6 +59,7 @@ namespace {
     }                                                                 \
   }
 
+EMO_KERNEL_FOR(ConvNormActCall, conv_norm_act_kernel, )
 EMO_KERNEL_FOR(PixelsCall, pixels_kernel, )
 EMO_KERNEL_FOR(DepthwiseCall, depthwise_conv2d_kernel, )
 EMO_KERNEL_FOR(DepthwiseBackwardCall, depthwise_conv2d_backward_kernel, )
@@ -110,6 +113,16 @@ void check_convolution(const Call& c) {
 }
 
 }  // namespace
+
+void conv_norm_act(const ConvNormActCall& c) {
+  check(c.K >= 1 && c.K <= kMostTaps && c.stride >= 1 && c.dilation >= 1 && c.padding >= 0 &&
+            c.H + 2 * c.padding >= c.dilation * (c.K - 1) + 1 &&
+            c.W + 2 * c.padding >= c.dilation * (c.K - 1) + 1 && c.C >= 1 && c.O >= 1 &&
+            c.threads >= 1 && c.act >= Activation::kNone && c.act <= Activation::kSilu,
+        "conv_norm_act: sizes");
+  check(c.x && c.out && c.weight && !c.norm_mean == !c.norm_var, "conv_norm_act: a null pointer");
+  launch(c);
+}
 
 void pixels(const PixelsCall& call) {
   check(call.C >= 1 && call.pixels >= 1 && call.threads >= 1, "pixels: sizes");

@@ -6,6 +6,11 @@ from emo_kernels.cpu.batch_norm import (
     batch_norm_finalize,
     batch_norm_sums,
 )
+from emo_kernels.cpu.conv_norm_act import (
+    conv_norm_act,
+    conv_norm_act_bind,
+    conv_norm_act_unsupported,
+)
 from emo_kernels.cpu.depthwise_conv2d import (
     depthwise_conv2d,
     depthwise_conv2d_backward,
@@ -34,6 +39,9 @@ __all__ = [
     "batch_norm_backward_finalize",
     "batch_norm_finalize",
     "batch_norm_sums",
+    "conv_norm_act",
+    "conv_norm_act_bind",
+    "conv_norm_act_unsupported",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "depthwise_conv2d_statistics",

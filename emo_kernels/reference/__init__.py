@@ -12,6 +12,7 @@ from emo_kernels.reference.batch_norm import (
     batch_norm_finalize,
     batch_norm_sums,
 )
+from emo_kernels.reference.conv_norm_act import conv_norm_act
 from emo_kernels.reference.depthwise_conv2d import (
     depthwise_conv2d,
     depthwise_conv2d_backward,
@@ -28,6 +29,7 @@ __all__ = [
     "batch_norm_backward_finalize",
     "batch_norm_finalize",
     "batch_norm_sums",
+    "conv_norm_act",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "depthwise_conv2d_statistics",

@@ -1,0 +1,175 @@
+"""The convolution in front of a network, swapped for one fused operator in inference.
+
+Recognised by structure: ``convs``, one sequence of convolution, batch norm and activation (the
+published patch embedding, and this library's), or a layer with ``conv``, ``norm`` and ``act``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emo_kernels import backends, ops, reference
+from emo_kernels.ops.registration import needs_gradient, runs_standard_operators
+from emo_kernels.structure import Reading, UnreadableError, looks_like_irmb
+from emo_kernels.swap import SwappedForward, in_inference, own_forward, restore_module
+
+_MOST_INPUTS = 4  # channels of an image
+_NORM = ("weight", "bias", "running_mean", "running_var")
+_STEP = ("stride", "padding", "dilation")
+
+
+def find_stems(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of every convolution of an image with its norm and activation."""
+    blocks = [path for path, module in model.named_modules() if looks_like_irmb(module)]
+    taken: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}." if outer else "") for outer in (*blocks, *taken))
+        if path not in blocks and not inside and _looks_like_stem(module):
+            taken.append(path)
+            yield path, module
+
+
+def _layers(module: nn.Module) -> tuple[Any, ...] | None:
+    """(owner of the layers, names of convolution, norm and activation)."""
+    children = module._modules
+    if children.keys() == {"convs"} and isinstance(children["convs"], nn.ModuleList):
+        branches = children["convs"]._modules
+        branch = branches.get("0")
+        if len(branches) == 1 and type(branch) is nn.Sequential and len(branch) == 3:
+            return (branch, *branch._modules)
+    return (module, "conv", "norm", "act") if children.keys() == {"conv", "norm", "act"} else None
+
+
+def _looks_like_stem(module: nn.Module) -> bool:
+    layers = _layers(module)
+    if layers is None:
+        return False
+    conv, norm = (layers[0]._modules[name] for name in layers[1:3])
+    return (
+        type(conv) is nn.Conv2d
+        and type(norm) is nn.BatchNorm2d
+        and conv.groups == 1
+        and conv.in_channels <= _MOST_INPUTS
+    )
+
+
+class StemReading(Reading):
+    """The tensors and options of one stem; ``spec`` is what ``ops.conv_norm_act`` takes."""
+
+    spec: dict[str, Any]  # type: ignore[assignment]
+
+    def _read(self, block: nn.Module) -> dict[str, Any]:  # type: ignore[override]
+        layers = _layers(block)
+        if layers is None:
+            raise UnreadableError("it is no single sequence of convolution, norm and activation")
+        owner, conv_name, norm_name, act_name = layers
+        if owner is not block:
+            self._child(self._child(block, "convs", "convs"), "convs.0", "0")
+        conv = self._read_conv(owner, "stem", conv_name)
+        norm = self._child(owner, "stem norm", norm_name)
+        if type(norm) is not nn.BatchNorm2d or self._attribute(conv, "groups") != 1:
+            raise UnreadableError("it is no dense convolution with a BatchNorm2d")
+        sizes = [(name, self._attribute(conv, name)) for name in ("kernel_size", *_STEP)]
+        square = all(isinstance(pair, tuple) and pair[0] == pair[1] for _, pair in sizes)
+        if self._attribute(conv, "padding_mode") != "zeros" or not square:
+            raise UnreadableError("its convolution is not the same for rows and columns")
+        self._parameters(conv, "weight", "bias")
+        self._parameters(norm, *_NORM)
+        if self._attribute(norm, "training") or norm.running_mean is None:
+            self.batch_dependent = "batch norm takes the batch's statistics"
+        act = self._read_act(owner, "stem", act_name)
+        steps = {name: pair[0] for name, pair in sizes if name in _STEP}
+        return {**steps, "eps": self._attribute(norm, "eps"), "act": act}
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """weight, bias and the norm's four, as they are now."""
+        return tuple(None if place is None else place[0].get(place[1]) for place in self._tensors)
+
+
+class AcceleratedStem(SwappedForward[StemReading]):
+    """The forward of an accelerated stem: the fused operator in inference, else its own."""
+
+    read = StemReading
+
+    def decide(self, x: Tensor, reading: StemReading) -> Tensor:
+        """The backend's kernel if it takes this call, else the stem's own forward."""
+        tensors = reading.tensors()
+        backend = None
+        if not (
+            reading.batch_dependent
+            or torch.is_autocast_enabled(x.device.type)
+            or needs_gradient((x, *tensors))
+            or runs_standard_operators(x)
+        ):
+            backend = self._choose(x, tensors, reading)
+        if backend is None:
+            return own_forward(self.block, x)
+        out = ops.conv_norm_act(x, *tensors, **reading.spec, backend=backend)  # type: ignore[arg-type]
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            self._bound = None
+            if backends.has(backend, "conv_norm_act_bind"):
+                bind = backends.function(backend, "conv_norm_act_bind")
+                self._bound = bind(x, *tensors, conditions=reading.conditions(), **reading.spec)
+        return out
+
+    def _choose(self, x: Tensor, tensors: tuple[Any, ...], reading: StemReading) -> str | None:
+        """The backend that runs the stem; ``None``: its own forward does.
+
+        A backend asked for need not have a kernel for stems: a stem is not one of the blocks.
+        """
+        names = backends.candidates("conv_norm_act", x.device.type)
+        asked = backends.requested(self.backend)
+        for name in names if asked is None else (asked,):
+            if name != "reference" and not why_not_stem(name, x, *tensors, **reading.spec):
+                return name
+        return None
+
+
+def why_not_stem(name: str, x: Tensor, *tensors: Tensor | None, **options: Any) -> str | None:
+    """Why backend ``name`` does not run this stem, or ``None``."""
+    if any(t is not None and t.dtype != x.dtype for t in tensors):
+        return "its tensors are not of the image's dtype"
+    return backends.why_not(name, "conv_norm_act", x.device.type, x, *tensors, **options)
+
+
+def accelerate_stems(model: nn.Module, backend: str | None) -> None:
+    """Swap every stem that computes what its structure says; the others stay, which is no fault."""
+    for _, stem in find_stems(model):
+        if unreadable_stem(stem) is None:
+            restore_module(stem)
+            stem.forward = AcceleratedStem(stem, backend)
+
+
+def unreadable_stem(stem: nn.Module) -> str | None:
+    """Why ``stem`` computes something else than its structure says, or ``None``."""
+    try:
+        reading = StemReading(stem)
+    except UnreadableError as reason:
+        return str(reason)
+    tensors = reading.tensors()
+    if tensors[0] is None or tensors[0].is_meta:
+        return "its weights hold no values"
+    x = sample_image(tensors[0], reading.spec)
+    try:
+        expected = in_inference(stem, lambda: own_forward(stem, x))
+    except Exception as error:
+        return f"its forward fails on a probe image ({type(error).__name__}: {error})"
+    with torch.no_grad():
+        found = reference.conv_norm_act(x, *tensors, **reading.spec)  # type: ignore[arg-type]
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        return "its forward returns something else than its layers in turn"
+    limit = max(1e-4, 8 * torch.finfo(x.dtype).eps)
+    if not (found - expected).norm() <= limit * max(expected.norm(), found.norm()):
+        return "its forward computes something else than its layers in turn"
+    return None
+
+
+def sample_image(weight: Tensor, options: dict[str, Any]) -> Tensor:
+    """A small image that fits the stem, on its device and in its dtype."""
+    side = 9 + options["dilation"] * weight.shape[-1]
+    x = torch.randn(1, weight.shape[1], side, side + 1, generator=torch.Generator().manual_seed(0))
+    return x.to(weight)

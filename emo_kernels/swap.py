@@ -1,0 +1,93 @@
+"""A module's forward replaced on the instance, with the way back and the call it repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from emo_kernels.structure import Reading, UnreadableError, has_global_hooks
+
+R = TypeVar("R", bound=Reading)
+
+
+class SwappedForward(Generic[R]):
+    """The forward of an accelerated module. Copied and pickled with it; holds no weights.
+
+    A subclass says how to read the module and who computes a call that is not the last one again.
+    """
+
+    read: type[R]
+
+    def __init__(self, block: nn.Module, backend: str | None) -> None:
+        self.block = block
+        self.backend = backend
+        self.previous = block.__dict__.get("forward")
+        self._reading: R | None = None
+        self._bound: Callable[[Tensor], Tensor | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reading": None, "_bound": None}
+
+    def reading(self) -> R:
+        """What the module is now."""
+        if self._reading is None or not self._reading.is_current():
+            self._reading = None
+            self._reading = self.read(self.block)
+        return self._reading
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The fused operator where it computes this call, else the module's own forward."""
+        if not torch.compiler.is_compiling() and self._bound is not None and not (args or kwargs):
+            out = self._bound(x)
+            if out is not None:
+                return out
+        if args or kwargs or not isinstance(x, Tensor) or has_global_hooks():
+            return own_forward(self.block, x, *args, **kwargs)
+        eager = not torch.compiler.is_compiling()
+        if torch.jit.is_tracing() if eager else torch.compiler.is_exporting():
+            return own_forward(self.block, x)
+        try:
+            reading = self.reading()
+        except UnreadableError:
+            return own_forward(self.block, x)
+        return self.decide(x, reading)
+
+    def decide(self, x: Tensor, reading: R) -> Tensor:
+        """A call that is not the one made before: by whom it is computed."""
+        raise NotImplementedError
+
+
+def restore_module(module: nn.Module) -> None:
+    """Give ``module`` its own forward back; nothing if it was not accelerated."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, SwappedForward):
+        if forward.previous is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = forward.previous
+
+
+def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the forward that ``module`` has without acceleration."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, SwappedForward):
+        forward = forward.previous
+    if forward is None:
+        return type(module).forward(module, *args, **kwargs)
+    return forward(*args, **kwargs)
+
+
+def in_inference(module: nn.Module, call: Callable[[], Any]) -> Any:
+    """``call()`` with every module inside ``module`` in its inference mode, then as they were."""
+    modes = [(inner, inner.training) for inner in module.modules()]
+    try:
+        for inner, _ in modes:
+            inner.training = False
+        with torch.no_grad():
+            return call()
+    finally:
+        for inner, training in modes:
+            inner.training = training
