@@ -243,19 +243,19 @@ assert torch.equal(cpu.irmb(x, w, row.spec()), want)
 """
 
 GUARDED = """
-import sys
+import itertools, sys
 sys.path.insert(0, {here!r})
 import torch
 from memory import guarded
 from test_irmb_cpu import FEW, IRMBWeights, cpu, rounded
 torch.set_num_threads(1)
-for side in ("left", "right"):
+for dtype, side in itertools.product((torch.float32, torch.bfloat16), ("left", "right")):
     for row in FEW:
-        x, w = rounded(row, torch.float32)
+        x, w = rounded(row, dtype)
         want = cpu.irmb(x, w, row.spec())
         x = guarded(x.contiguous(memory_format=torch.channels_last), side)
         w = IRMBWeights(*[t if t is None else guarded(t, side) for t in w])
-        assert torch.equal(cpu.irmb(x, w, row.spec()), want), (row.name, side)
+        assert torch.equal(cpu.irmb(x, w, row.spec()), want), (row.name, dtype, side)
 """
 
 
