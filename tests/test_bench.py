@@ -1,9 +1,7 @@
-"""What measures: intervals by hand, fake clocks, tiny models, resuming, tables, pictures."""
+"""What measures: intervals by hand, fake clocks, tiny models, resuming."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import subprocess
@@ -15,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from bench_rows import TINY, made_up
 
 from emo_kernels.measure import (
     breakdown,
-    charts,
     engines,
     noise,
     oracle,
-    report,
     results,
     row,
     tables,
@@ -36,47 +33,6 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))
 
 import bench_cpu  # noqa: E402
-import readme  # noqa: E402
-
-TINY = Case(
-    "emo_1m",
-    batch=2,
-    size=(64, 64),
-    settings=(
-        ("depths", (1, 1, 2, 1)),
-        ("dims", (16, 24, 40, 42)),
-        ("dim_heads", (8, 8, 20, 21)),
-        ("stem_dim", 8),
-    ),
-)
-
-
-def made_up(case: Case, ours: float = 10.0, peer: float = 20.0, **more: Any) -> row.Row:
-    """A row as ``measure`` gives it, with times that were never measured."""
-    times = {OURS: ours, "eager": 3 * peer, "openvino": peer}
-    entries = {
-        name: {**timing.Timing.of([t / 1e3] * 6)._asdict(), "samples": [t] * 6, "match": True}
-        for name, t in times.items()
-    }
-    found = {
-        "name": case.name,
-        "case": asdict(case),
-        "status": "ok",
-        "engines": entries,
-        "absent": {"onnxruntime": "not installed"},
-        "gflop": 2.0,
-        "parameters": 5_000_000,
-        "bytes": 4_000_000,
-        "limits": {
-            "matmul_gflops": {"fp32": 400.0, "bf16": 800.0},
-            "stream_gigabytes": {"copy": 20.0, "triad": 25.0},
-        },
-        "noise": {"load": 1.0, "other_cores": 0.0, "stolen": 0.0},
-        "commit": "1234567",
-        "wall_seconds": 1.0,
-    }
-    return found | row._summary(found, case) | more
-
 
 # ------------------------------------------------------------------------------------------ timing
 
@@ -409,78 +365,6 @@ def test_files_that_are_no_results(tmp_path: Path) -> None:
         results.read(tmp_path / "nowhere.json")
 
 
-def test_slower_rows_are_named() -> None:
-    old = [made_up(TINY), made_up(replace(TINY, batch=3))]
-    new = [made_up(TINY, ours=10.4), made_up(replace(TINY, batch=3), ours=11.0)]
-    found = results.slower(new, old, 0.05)
-    assert len(found) == 1
-    assert "1.82x over the best peer, was 2.00x at 1234567 (-9 %)" in found[0]
-
-
-@pytest.mark.parametrize(
-    ("more", "says"),
-    [
-        ({"gate": 1.2, "target": 1.4}, "target"),
-        ({"gate": 1.9, "target": 2.5}, "pass"),
-        ({"gate": 2.1, "target": 2.5}, "MISSED (gate 2.1)"),
-        ({"memory_share": 0.5, "gate": 0.6, "target": 0.4}, "pass"),
-        ({"memory_share": 0.7, "gate": 0.6, "target": 0.4}, "MISSED (gate 0.6)"),
-        ({"gate": None}, ""),
-        ({"status": "failed", "error": "took more than 9 s"}, "took more than 9 s"),
-        ({"status": "absent", "absent": {OURS: "no bf16 kernel"}}, "no bf16 kernel"),
-    ],
-)
-def test_verdicts(more: dict[str, Any], says: str) -> None:
-    assert tables.verdict(made_up(TINY, **more)) == says
-
-
-def test_tables_say_the_same() -> None:
-    rows = [made_up(TINY, gate=1.5, target=2.5), made_up(replace(TINY, mode="train"))]
-    assert results.share_of_limit(rows[0]) == pytest.approx(2.0 / 10 * 1e3 / 400)
-    shown = tables.text(rows)
-    assert "2.00× [2.00, 2.00]" in shown
-    assert "absent: ONNX Runtime in 2 rows: not installed" in shown
-    written = tables.markdown(rows).splitlines()
-    assert written[0].startswith("| case | emo_kernels | eager | OpenVINO | over the best |")
-    assert all(line.count("|") == written[0].count("|") for line in written)
-    lines = list(csv.DictReader(io.StringIO(tables.as_csv(rows))))
-    assert [line["engine"] for line in lines[:4]] == [OURS, "eager", "openvino", "onnxruntime"]
-    assert float(lines[0]["infer_samples_per_sec"]) == 200.0
-    assert float(lines[0]["infer_gmacs"]) == 0.5
-    assert lines[0]["train_step_time"] == ""
-    assert lines[3]["status"] == "absent: not installed"
-
-
-def test_pictures(tmp_path: Path) -> None:
-    rows = [made_up(replace(TINY, batch=b), ours=b) for b in (1, 2, 4)]
-    rows += [made_up(replace(TINY, size=(s, s))) for s in (96, 128)]
-    rows += [made_up(replace(TINY, block="stage3.1"))]
-    shares = {name: {"megabytes": mb} for name, mb in ((OURS, 40.0), ("eager", 100.0))}
-    memory = made_up(replace(TINY, mode="memory"))
-    rows.append(memory | {"engines": shares, "memory_share": 0.4})
-    rows.append(made_up(replace(TINY, dtype="bf16"), status="failed"))
-    drawn = charts.draw_all(rows, tmp_path / "cpu")
-    pictures = ("speed_up_1thr", "growth", "memory", "roofline")
-    assert [p.name for p in drawn] == [f"cpu_{n}.{f}" for n in pictures for f in ("png", "svg")]
-    assert all(path.stat().st_size > 4000 for path in drawn)
-    assert "3.1 b2" in (tmp_path / "cpu_roofline.svg").read_text()
-    assert charts.draw_all([], tmp_path / "none") == []
-
-
-def test_the_page_holds_everything(tmp_path: Path) -> None:
-    path = tmp_path / "cpu.json"
-    kept = results.Results(path)
-    kept.put(made_up(TINY, absent={"onnxruntime": "<none>"}))
-    written = report.write(path)
-    assert [p.name for p in written[:2]] == ["cpu_speed_up_1thr.png", "cpu_speed_up_1thr.svg"]
-    page = written[-1].read_text()
-    assert page.count("<svg") == 2  # and the roofline
-    assert "onnxruntime is absent: &lt;none&gt;" in page
-    assert str(torch.get_num_threads()) in page
-    assert 'src="' not in page
-    assert "<link" not in page
-
-
 # ------------------------------------------------------------------------- suites of `make bench`
 
 
@@ -507,21 +391,3 @@ def test_suites_run(suite: str, chosen: str, tmp_path: Path) -> None:
         assert 0 < extra["gflops"]
         assert 0 < extra["percent_of_matmul"] < 150
         assert 0 <= extra["max_error"] < 1e-3
-
-
-# --------------------------------------------------------------------------------------- the README
-
-
-def test_readme_and_results_agree() -> None:
-    assert readme.main(["--check"]) == 0, "python bench/readme.py rewrites the README"
-
-
-def test_a_readme_that_was_typed_would_be_found(tmp_path: Path) -> None:
-    text = (readme.ROOT / "README.md").read_text()
-    sections = [readme.section(path) for path in sorted(readme.RESULTS.glob("cpu_*.json"))]
-    assert readme.rewritten(text, sections) == text
-    figure = sections[0].split("×")[0].split()[-1]
-    assert readme.rewritten(text.replace(f"{figure}×", "9.99×"), sections) == text
-    assert readme.rewritten(text, ["other"]) != text
-    with pytest.raises(SystemExit, match="marks"):
-        readme.rewritten("no marks", sections)
