@@ -145,7 +145,8 @@ def test_a_row_compares_and_times(mode: str, quick: Path) -> None:
     assert found["status"] == "ok", found
     assert set(found["engines"]) == {OURS, "eager", "eager channels_last"}
     assert all(engine["match"] for engine in found["engines"].values())
-    assert "cpu runs 6 of 6" in found["engines"][OURS]["note"]
+    note = {"infer": "cpu runs 7 of 7", "train": "cpu runs 6 of 7, reference runs 1 of 7"}  # stem
+    assert note[mode] in found["engines"][OURS]["note"]
     best = found["engines"][found["best_peer"]]["median"]
     assert found["ratio"] == pytest.approx(best / found["engines"][OURS]["median"])
     assert found["ratio_low"] <= found["ratio_high"]

@@ -42,6 +42,16 @@ class Case(NamedTuple):
         return made
 
 
+def _conv_norm_act(act: str) -> Case:
+    def call(t: Tensors, backend: str) -> Tensor:
+        with torch.inference_mode():
+            return ops.conv_norm_act(**t, stride=2, act=act, backend=backend)
+
+    shapes: dict[str, Shape] = {"x": (2, 3, 13, 10), "weight": (21, 3, 3, 3), "bias": (21,)}
+    shapes |= dict.fromkeys(("norm_weight", "norm_bias", "norm_mean", "norm_var"), (21,))
+    return Case(f"conv_norm_act {act}", shapes, call, differentiable=False)
+
+
 def _depthwise_conv2d(kernel: int, stride: int) -> Case:
     def call(t: Tensors, backend: str) -> Tensor:
         return ops.depthwise_conv2d(t["x"], t["weight"], stride=stride, backend=backend)
@@ -112,6 +122,7 @@ _DOWN = IRMBSpec(norm="layer", act="gelu", stride=2, padding=2, skip=False)
 _ATTN = IRMBSpec(norm="layer", act="gelu", head_dim=20, attn_pre=True, padding=2)
 
 CASES = (
+    *(_conv_norm_act(act) for act in ("none", "silu")),
     *(_depthwise_conv2d(kernel, stride) for kernel in (3, 5) for stride in (1, 2)),
     _expand("none", "none"),
     _expand("affine", "silu"),

@@ -1,4 +1,4 @@
-"""Where the time of a forward pass goes: each block of a model, and all that is around them."""
+"""Where the time of a forward pass goes: stem, each block, and all that is around them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from emo_kernels.accelerate import find_blocks
 from emo_kernels.explain import explain, format_table
 
-REST = "(rest)"  # stem convolution, last norm, pooling, head
+REST = "(rest)"  # last norm, pooling, head
 
 
 @dataclass
 class Part:
-    """One block, or the rest.
+    """The stem, one block, or the rest.
 
     Attributes:
         path: in the model.
@@ -75,7 +74,7 @@ def measure(model: nn.Module, x: Tensor, parts: dict[str, Part], rounds: int) ->
 
 @contextmanager
 def _timed(model: nn.Module, parts: dict[str, Part]) -> Iterator[Callable[[], None]]:
-    """Hooks around every block that fill its part, and name its range in a trace."""
+    """Hooks around every part but the rest that fill it, and name its range in a trace."""
     cuda = next(model.parameters()).is_cuda
 
     def synchronize() -> None:
@@ -100,9 +99,12 @@ def _timed(model: nn.Module, parts: dict[str, Part]) -> Iterator[Callable[[], No
         return enter, leave
 
     handles = []
-    for path, block in find_blocks(model):
-        enter, leave = hooks(parts[path])
-        handles += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+    for path, part in parts.items():
+        if path == REST:
+            continue
+        enter, leave = hooks(part)
+        module = model.get_submodule(path)
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         yield synchronize
     finally:
