@@ -3,12 +3,11 @@
 A backend is a namespace (``emo_kernels.reference``, ``.cpu``, ``.triton``, ``.cuda``) whose
 functions carry the operators' names. ``<operator>`` runs it, ``<operator>_unsupported`` (same
 arguments) says why a call is outside its limits, ``<operator>_backward`` is its gradient kernel,
-``<operator>_bind`` settles a call that eager inference will repeat, which holds for as long as the
-conditions do; what a namespace lacks, it does
-not support. A whole block may be composed in ``ops`` of a namespace's other kernels, which declares
-that by ``irmb_unsupported`` and ``irmb_training_unsupported`` alone. A backend is chosen once, at
-the top of a call, and travels down as a string; one asked for by name is obeyed or raises, only
-``None`` may choose.
+``<operator>_bind`` settles a call that eager inference will repeat, for as long as the conditions
+hold; what a namespace lacks, it does not support. A whole block may be composed in ``ops`` of a
+namespace's other kernels, which declares that by ``irmb_unsupported`` and
+``irmb_training_unsupported`` alone. A backend is chosen once, at the top of a call, and travels
+down as a string; one asked for by name is obeyed or raises, only ``None`` may choose.
 """
 
 from __future__ import annotations

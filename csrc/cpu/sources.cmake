@@ -1,11 +1,15 @@
 # The CPU kernels: every *_kernel.cpp is compiled once per instruction set, the rest once.
-
 #
 # -DEMO_CPU_ISAS="portable;avx512" compiles fewer of them: a quick build of a kernel at work on.
 set(EMO_ISA_FLAGS_portable "")
 set(EMO_ISAS portable)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  list(APPEND EMO_ISAS avx2 avx512 avx512bf16)
+  list(APPEND EMO_ISAS avx2 avx512)
+  include(CheckCXXCompilerFlag)
+  check_cxx_compiler_flag(-mavx512bf16 EMO_COMPILES_AVX512BF16) # GCC 10, Clang 9
+  if(EMO_COMPILES_AVX512BF16)
+    list(APPEND EMO_ISAS avx512bf16)
+  endif()
   set(EMO_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(EMO_ISA_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c
       -mprefer-vector-width=512)
