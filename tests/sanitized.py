@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 # Every kernel on rows with tails, and what lays memory out; under the sanitizers in minutes.
 SHARE = (
     "test_irmb_cpu.py::test_fp64_runs_the_same_code",
-    "test_irmb_cpu.py::test_fp32_follows_the_rule",
+    "test_irmb_cpu.py::test_follows_the_rule",
     "test_irmb_cpu.py::test_layouts_change_nothing",
     "test_irmb_cpu.py::test_the_entry_point_checks_what_it_relies_on",
     "test_irmb_training_cpu.py",

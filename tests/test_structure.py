@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sanitized
 from cases import STEMS
 
 from emo_kernels import backends
@@ -120,6 +121,13 @@ def test_files_stay_short() -> None:
         str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text().splitlines())) > 500
     }
     assert not long
+
+
+def test_what_make_sanitize_runs_exists() -> None:
+    """A test renamed would leave pytest nothing to run, minutes of compiling later."""
+    for name in sanitized.SHARE:
+        file, _, function = name.partition("::")
+        assert f"def {function}" in (ROOT / "tests" / file).read_text(), name
 
 
 @pytest.mark.parametrize("operator", STEMS)
