@@ -113,7 +113,7 @@ def make_model(job: Job, variant: Variant, place: Place) -> nn.Module:
     torch.manual_seed(0)
     model = ek.create_model(job.model, **place.tiny).to(place.device)
     if variant.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     if variant.precision == "bf16":
         model.to(torch.bfloat16)
     return model.train(job.mode == "train")

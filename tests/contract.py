@@ -224,7 +224,7 @@ class OperatorContract:
         batched = [n for n, t in inputs.items() if t is not None and self.has_batch(n)]
 
         def part(index: Tensor | slice) -> Tensor:
-            chosen = {n: t[index] if n in batched else t for n, t in inputs.items()}  # type: ignore[index]
+            chosen = {n: t[index] if n in batched else t for n, t in inputs.items()}
             return run(kernel, chosen, case.options)["out"]
 
         self.assert_same(part(order), once[order], backend)

@@ -65,7 +65,7 @@ def over(
     """
 
     def mark(test: _Test) -> _Test:
-        test.grid = Grid(rows or None, tuple(dtypes), tuple(reference), covered)  # type: ignore[attr-defined]
+        test.grid = Grid(rows or None, tuple(dtypes), tuple(reference), covered)
         return test
 
     return mark
@@ -73,7 +73,7 @@ def over(
 
 def reference_is_slow(test: _Test) -> _Test:
     """Run a test that costs a process on the kernels, and on the reference with the slow tests."""
-    test.reference_is_slow = True  # type: ignore[attr-defined]
+    test.reference_is_slow = True
     return test
 
 

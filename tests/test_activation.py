@@ -13,13 +13,9 @@ import torch.nn.functional as F
 from numerics import UNIT_ROUNDOFF
 from torch import Tensor
 
-from emo_kernels import backends, cpu
+from emo_kernels import _C, cpu
 from emo_kernels.spec import IRMBSpec, IRMBWeights
 
-_C = pytest.importorskip("emo_kernels._C", reason="the compiled module is not built")
-pytestmark = pytest.mark.skipif(
-    backends.unavailable("cpu") is not None, reason="the cpu backend is not compiled"
-)
 FP32, FP64 = torch.float32, torch.float64
 KERNELS = [(isa, FP32) for isa in _C.available_isas()] + [("portable", FP64)]
 

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import readme
 import torch
 from bench_rows import TINY, made_up
 
 from emo_kernels.measure import charts, report, results, tables
 from emo_kernels.measure.engines import OURS
-
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-
-import readme
 
 
 def test_slower_rows_are_named() -> None:

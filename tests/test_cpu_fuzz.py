@@ -26,12 +26,8 @@ from shapes import Row
 from test_irmb_training import kernels, plain, statistics_of, training_case
 from test_irmb_training import refusal as refusal_of_step
 
-from emo_kernels import backends, ops, reference
+from emo_kernels import _C, ops, reference
 
-_C = pytest.importorskip("emo_kernels._C", reason="the compiled module is not built")
-pytestmark = pytest.mark.skipif(
-    backends.unavailable("cpu") is not None, reason="the cpu backend is not compiled"
-)
 ISAS = _C.available_isas()
 WIDTHS = st.one_of(st.sampled_from([15, 16, 17, 31, 33, 47, 48, 49, 96, 97]), st.integers(1, 110))
 

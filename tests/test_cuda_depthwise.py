@@ -51,7 +51,7 @@ class _Convolve(torch.autograd.Function):
         return cuda.depthwise_conv2d(x, weight, **options)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         grads = iter(cuda.depthwise_conv2d_backward(grad, x, weight, needed=needed, **ctx.options))
@@ -321,7 +321,7 @@ def test_what_the_kernels_do_not_take() -> None:
 def test_a_launch_without_a_gpu_names_its_kernel() -> None:
     """An error of the runtime, or of a build without it; never a crash."""
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("the launch would succeed: there is a GPU")
     x = torch.zeros(1, 1, 1, 2)
     at = (x.data_ptr(), (x.data_ptr(), 0), (0, 0), x.data_ptr(), 0)
     with pytest.raises(RuntimeError, match="depthwise_conv2d"):

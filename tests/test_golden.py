@@ -71,7 +71,9 @@ def scaled(array: np.ndarray, factor: float) -> float:
 
 
 @pytest.mark.parametrize("entry", BLOCKS, ids=ids("name"))
-@pytest.mark.filterwarnings("ignore:accelerate. 1 of 1 blocks are not accelerated.*grouped")
+@pytest.mark.filterwarnings(  # the one block with a grouped expansion, which no cpu kernel has
+    "ignore:accelerate. 1 of 1 blocks are not accelerated.*grouped"
+)
 def test_block_in_inference(entry: dict[str, Any], prepare: Prepare) -> None:
     block, data = load_block(entry)
     prepare(block.eval())

@@ -10,18 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import campaign_dry
+import campaign_parts
+import campaign_report
+import campaign_variants
+import gpu_campaign
 import pytest
 import torch
+from campaign_variants import VARIANTS, Job, Place, measure
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.append(str(BENCH))
-
-import campaign_dry  # noqa: E402
-import campaign_parts  # noqa: E402
-import campaign_report  # noqa: E402
-import campaign_variants  # noqa: E402
-import gpu_campaign  # noqa: E402
-from campaign_variants import VARIANTS, Job, Place, measure  # noqa: E402
 
 DRY = Place("cpu", dry=True)
 HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -60,7 +60,7 @@ class TestIRMB(TransformContract, RejectContract, FuzzContract):
         """silu is exact at zero alone: the stencil's weights and shifts are zero."""
         case = integers(self.case(row), largest=1)
         for name in ("dw_weight", "bn_bias", "bn_mean"):
-            case.tensors[name] = torch.zeros_like(case.tensors[name])  # type: ignore[arg-type]
+            case.tensors[name] = torch.zeros_like(case.tensors[name])
         case.tensors["bn_var"] = torch.ones(row.m, dtype=torch.float64)
         return case
 
@@ -189,10 +189,10 @@ class TestIRMB(TransformContract, RejectContract, FuzzContract):
         assert torch.isfinite(ops.irmb(x, weights, spec)).all()
         for wrong in (tensors, tuple(weights), None):
             with pytest.raises((TypeError, ValueError), match=r"irmb: weights .*IRMBWeights"):
-                ops.irmb(x, wrong, spec)  # type: ignore[arg-type]
+                ops.irmb(x, wrong, spec)
         for wrong in (spec._asdict(), tuple(spec), str(spec), None):
             with pytest.raises((TypeError, ValueError), match=r"irmb: spec .*IRMBSpec"):
-                ops.irmb(x, weights, wrong)  # type: ignore[arg-type]
+                ops.irmb(x, weights, wrong)
 
     def test_the_torch_op_takes_the_switches_in_their_order(self) -> None:
         arguments = torch.ops.emo_kernels.irmb.default._schema.arguments

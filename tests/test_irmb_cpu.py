@@ -144,8 +144,8 @@ def test_integers_are_exact(isa: str, name: str, dtype: torch.dtype) -> None:
     x = tensors.pop("x")
     assert x is not None
     for key in ("dw_weight", "bn_bias", "bn_mean"):
-        tensors[key] = torch.zeros_like(tensors[key])  # type: ignore[arg-type]
-    tensors["bn_var"] = torch.ones_like(tensors["bn_mean"])  # type: ignore[arg-type]
+        tensors[key] = torch.zeros_like(tensors[key])
+    tensors["bn_var"] = torch.ones_like(tensors["bn_mean"])
     w = IRMBWeights(**{k: t for k, t in tensors.items() if k in IRMBWeights._fields})
     w64 = IRMBWeights(*[None if t is None else t.double() for t in w])
     want = reference.irmb(x.double(), w64, row.spec())
@@ -314,7 +314,7 @@ def raw_call(image: Tensor, w: IRMBWeights, row: Row, **changes: object) -> None
     }
     arguments |= changes
     call = [arguments.pop(name) for name in ("x", "out", "threads")]
-    _C.prepare_irmb(**arguments)(*call)  # type: ignore[arg-type]
+    _C.prepare_irmb(**arguments)(*call)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_unsupported_blocks_are_named() -> None:
     assert cpu.irmb_unsupported(x, w, spec) is None
     assert "bfloat16, got torch.float16" in str(cpu.irmb_unsupported(x.half(), w, spec))
     assert cpu.irmb_unsupported(x.bfloat16(), w, spec) is None
-    mixed = w._replace(bn_mean=w.bn_mean.bfloat16())  # type: ignore[union-attr]
+    mixed = w._replace(bn_mean=w.bn_mean.bfloat16())
     assert "weights of the map" in str(cpu.irmb_unsupported(x.bfloat16(), mixed, spec))
     assert "dw_weight" in str(cpu.irmb_unsupported(x, w._replace(dw_weight=None), spec))
 

@@ -20,14 +20,10 @@ from training_step import (  # noqa: F401  (the fixtures)
 )
 
 import emo_kernels as ek
-from emo_kernels import backends, reference
+from emo_kernels import _C, backends, reference
 from emo_kernels.nn import iRMB
 from emo_kernels.spec import IRMBWeights
 
-_C = pytest.importorskip("emo_kernels._C", reason="the compiled module is not built")
-pytestmark = pytest.mark.skipif(
-    backends.unavailable("cpu") is not None, reason="the cpu backend is not compiled"
-)
 ROWS = shapes.rows("both_windows", "attention_and_excite", "dilated", "ragged_c21", "batch_5")
 FP32 = torch.float32
 COMPOSED = [k for k in KINDS if k not in (*WITHOUT_KERNELS, "attention_v_group")]

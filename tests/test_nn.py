@@ -177,7 +177,7 @@ class TestTracing:
         return iRMB(4, 4, **{**self.options, **KINDS[kind]}).eval().requires_grad_(False)
 
     @kinds
-    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own
     def test_jit_trace(self, kind: str) -> None:
         block = self.block(kind)
         traced = torch.jit.trace(block, self.x)

@@ -237,10 +237,10 @@ class _Planted(torch.autograd.Function):
 @pytest.mark.parametrize("layout", ["strided", "expanded"])
 def test_gradient_layouts_catch_a_dense_assumption(layout: str) -> None:
     x = Case({"x": normal(9)})
-    check_operator(_Planted.apply_on, lambda x: x * 2, x, torch.float32)  # type: ignore[attr-defined]
+    check_operator(_Planted.apply_on, lambda x: x * 2, x, torch.float32)
     with pytest.raises((AssertionError, RuntimeError)):
         check_operator(
-            _Planted.apply_on,  # type: ignore[attr-defined]
+            _Planted.apply_on,
             lambda x: x * 2,
             x,
             torch.float32,
@@ -248,7 +248,7 @@ def test_gradient_layouts_catch_a_dense_assumption(layout: str) -> None:
         )
 
 
-_Planted.apply_on = staticmethod(lambda x: _Planted.apply(x))  # type: ignore[attr-defined]
+_Planted.apply_on = staticmethod(lambda x: _Planted.apply(x))
 
 
 @pytest.mark.parametrize("layout", memory.VALUE_LAYOUTS)

@@ -13,7 +13,8 @@ import types
 import pytest
 import torch
 
-from emo_kernels import accelerate, backends, ops
+from emo_kernels import _C, accelerate, backends, ops
+from emo_kernels.cpu import bound
 from emo_kernels.nn import iRMB
 from emo_kernels.spec import IRMBSpec, IRMBWeights
 
@@ -128,8 +129,7 @@ def test_a_call_costs_little(stem, mode, idle_kernels, bare_op, capsys):
 
 def test_a_repeated_block_costs_less(bare_op, monkeypatch, capsys):
     """The whole accelerated block around a kernel that does nothing, and a real, fresh result."""
-    _C = pytest.importorskip("emo_kernels._C")
-    if pytest.importorskip("emo_kernels.cpu.bound")._INTERFACE is None:
+    if bound._INTERFACE is None:
         pytest.skip("this torch has no DLPack exchange interface")
     monkeypatch.setattr(_C, "prepare_irmb", lambda *_: _C.Prepared())
     switches = {"norm_layer": "ln_2d", "act_layer": "gelu", "attn_pre": True, "qkv_bias": True}

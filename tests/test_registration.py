@@ -55,7 +55,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
         depthwise_conv2d_backward=kernels.backward,
         depthwise_conv2d_unsupported=kernels.unsupported,
     )
-    monkeypatch.setitem(backends._namespaces, "cpu", namespace)  # type: ignore[arg-type]
+    monkeypatch.setitem(backends._namespaces, "cpu", namespace)
     usable = {"cpu": None, "reference": None}
     monkeypatch.setattr(backends, "_unavailable", lambda name: usable.get(name, "not here"))
     for cached in (backends._has, backends._candidates):

@@ -9,15 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import roofline
 import torch
+from gpus import GPUS, Gpu
+from roofline_blocks import Block, blocks, useful_flops
+from roofline_eager import eager, eager_block
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.append(str(BENCH))
-
-import roofline  # noqa: E402
-from gpus import GPUS, Gpu  # noqa: E402
-from roofline_blocks import Block, blocks, useful_flops  # noqa: E402
-from roofline_eager import eager, eager_block  # noqa: E402
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -315,7 +313,7 @@ def test_floors() -> None:
 )
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        call()  # type: ignore[operator]
+        call()
 
 
 def test_the_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

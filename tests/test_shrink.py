@@ -33,7 +33,7 @@ class TestShrink(TransformContract, RejectContract, FuzzContract):
         """silu is exact at zero alone: y and shift are zero, the other terms are integers."""
         case = integers(self.case(replace(row, h=min(row.h, 3), w=min(row.w, 3))), largest=1)
         for name in ("y", "shift"):
-            case.tensors[name] = torch.zeros_like(case.tensors[name])  # type: ignore[arg-type]
+            case.tensors[name] = torch.zeros_like(case.tensors[name])
         return case
 
     # ------------------------------------------------------------------------ what it must satisfy

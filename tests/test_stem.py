@@ -13,10 +13,6 @@ import emo_kernels as ek
 from emo_kernels.stem import AcceleratedStem, find_stems
 from emo_kernels.swap import SwappedForward
 
-pytestmark = pytest.mark.skipif(
-    ek.available_backends()["cpu"] is not None, reason="needs the compiled kernels"
-)
-
 
 class PastedPatches(nn.Module):
     """As the published code has it; more branches are averaged."""
@@ -173,7 +169,9 @@ def test_copies_pickles_and_restore(twins, x):
         assert torch.equal(fast(x), plain(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings(  # torch's own, of tracing
+    "ignore:.*jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning"
+)
 def test_compile_export_trace(twins, x):
     plain, fast = twins
     with torch.no_grad():

@@ -33,6 +33,7 @@ from emo_kernels.nn import iRMB
 COMPOSED = [kind for kind in KINDS if kind not in WITHOUT_KERNELS]
 
 OPERATOR = "irmb_training"
+# Some of the blocks have no kernel for inference; what trains is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:accelerate. .* blocks are not accelerated")
 
 

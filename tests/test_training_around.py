@@ -23,6 +23,7 @@ import emo_kernels as ek
 from emo_kernels.accelerate import AcceleratedForward
 
 OPERATOR = "irmb_training"
+# Some of the blocks have no kernel for inference; what trains is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:accelerate. .* blocks are not accelerated")
 
 

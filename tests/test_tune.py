@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -19,10 +17,6 @@ import emo_kernels.triton as kernels
 from emo_kernels import ops
 from emo_kernels.triton import launch, tune
 from emo_kernels.triton import record as recording
-
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.append(str(BENCH))
-
 
 # ------------------------------------------------------------------------------------ the search
 
@@ -125,9 +119,9 @@ def test_recording_names_calls_arguments_and_launches(fakes: None) -> None:
     x = torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     before = dict(vars(kernels))
     with recording.record(kernels) as calls:
-        kernels.doubled(x, None, keep=True)  # type: ignore[attr-defined]
-        kernels.quadrupled(x)  # type: ignore[attr-defined]
-        kernels.doubled(torch.zeros_like(x), None, keep=True)  # type: ignore[attr-defined]
+        kernels.doubled(x, None, keep=True)
+        kernels.quadrupled(x)
+        kernels.doubled(torch.zeros_like(x), None, keep=True)
     assert dict(vars(kernels)) == before
     assert [call.function for call in calls] == ["doubled", "quadrupled", "doubled", "doubled"]
     assert [call.inner for call in calls] == [False, False, True, False]
@@ -150,7 +144,7 @@ def test_arguments_are_the_same_numbers_each_time(fakes: None) -> None:
     affine = torch.randn(4, 5)
     x = torch.randn(4, 2, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     with recording.record(kernels) as calls:
-        kernels.doubled(x, affine[1], keep=[affine, True, None, affine[3]])  # type: ignore[attr-defined]
+        kernels.doubled(x, affine[1], keep=[affine, True, None, affine[3]])
     (found, row), options = calls[0].arguments()
     whole, true, none, last = options["keep"]
     assert found.stride() == x.stride() and found.dtype == torch.bfloat16
@@ -177,10 +171,10 @@ def test_numbers_suit_what_they_are() -> None:
 def test_a_candidate_must_run_and_give_the_same_results(fakes: None) -> None:
     x = torch.ones(1, 2, 32, 32)  # 2048 elements: BLOCK_P below 64 leaves some unwritten
     with recording.record(kernels) as calls:
-        kernels.doubled(x)  # type: ignore[attr-defined]
+        kernels.doubled(x)
     runs: list[object] = []
     trial = tune.Trial(
-        kernels.doubled,  # type: ignore[attr-defined]
+        kernels.doubled,
         calls[0],
         calls[0].launches[0],
         lambda run: float(len(runs.append(run()) or runs)),
@@ -237,9 +231,9 @@ def test_milliseconds_without_a_gpu() -> None:
 
 def test_the_namespace_is_searched_for_functions_that_work() -> None:
     module = ModuleType("m")
-    module.run = doubled  # type: ignore[attr-defined]
-    module.run_unsupported = doubled  # type: ignore[attr-defined]
-    module.run_fwd_rule = rule  # type: ignore[attr-defined]
-    module._hidden = doubled  # type: ignore[attr-defined]
-    module.other = ModuleType("x")  # type: ignore[attr-defined]
+    module.run = doubled
+    module.run_unsupported = doubled
+    module.run_fwd_rule = rule
+    module._hidden = doubled
+    module.other = ModuleType("x")
     assert list(recording.functions(module)) == ["run"]

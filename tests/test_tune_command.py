@@ -30,7 +30,7 @@ from emo_kernels.triton import record as recording
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("the search would run: there is a GPU")
     assert main(["tune", "emo_1m"]) == 2
     message = capsys.readouterr().err
     assert message.startswith("emo-kernels: tune needs a GPU: ") and message.count("\n") == 1
@@ -68,7 +68,7 @@ def calls(fakes: None) -> Iterator[list[recording.Call]]:
     """Calls of two sizes."""
     with recording.record(kernels) as made:
         for side in (8, 16):
-            kernels.quadrupled(torch.ones(1, 1, side, side))  # type: ignore[attr-defined]
+            kernels.quadrupled(torch.ones(1, 1, side, side))
     yield made
 
 

@@ -51,7 +51,7 @@ class TestWindowAttention(TransformContract, RejectContract, FuzzContract):
         """Zero queries and keys: each result is the mean of 16 integers."""
         case = integers(self.case(replace(row, norm="none", window=4, attn_pre=True)))
         for name in ("qk_weight", "qk_bias"):
-            case.tensors[name] = torch.zeros_like(case.tensors[name])  # type: ignore[arg-type]
+            case.tensors[name] = torch.zeros_like(case.tensors[name])
         return case
 
     def out(self, backend: str, case: Case, **changed: Tensor | None) -> Tensor:

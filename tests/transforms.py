@@ -52,7 +52,7 @@ class TransformContract(OperatorContract):
         """Names and fresh leaf tensors of what is differentiated."""
         names = case.differentiable()
         values = round_all(case.tensors, dtype)
-        return names, [values[n].requires_grad_() for n in names]  # type: ignore[union-attr]
+        return names, [values[n].requires_grad_() for n in names]
 
     @staticmethod
     def of_leaves(
@@ -80,7 +80,9 @@ class TransformContract(OperatorContract):
             for _route, call in self.routes(case):
                 gradgradcheck(self.of_leaves(call, case, names), leaves, fast_mode=True)
 
-    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+    @pytest.mark.filterwarnings(
+        "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+    )  # torch's own
     def test_forward_mode_is_right_or_refused(self) -> None:
         """``jvp`` and dual numbers: the oracle's tangent, or an error, never a silent zero."""
         for row in self.tiny:
@@ -143,7 +145,7 @@ class TransformContract(OperatorContract):
         case = self.case(row)
         values = placed(backend, round_all(case.tensors, dtype))
         for name in case.differentiable():
-            values[name].requires_grad_()  # type: ignore[union-attr]
+            values[name].requires_grad_()
         arguments = registered_arguments(self.operator, replace(case, tensors=values), backend)
         op = getattr(torch.ops.emo_kernels, self.operator).default
         torch.library.opcheck(op, arguments)
