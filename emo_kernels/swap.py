@@ -80,14 +80,36 @@ def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return forward(*args, **kwargs)
 
 
-def in_inference(module: nn.Module, call: Callable[[], Any]) -> Any:
-    """``call()`` with every module inside ``module`` in its inference mode, then as they were."""
+def disagreement(
+    module: nn.Module, x: Tensor, computes: Callable[[Tensor], Tensor], what: str
+) -> str | None:
+    """Why the module's own forward in inference is not ``computes``, judged by x; or ``None``.
+
+    Args:
+        what: ``computes`` is, for the reason.
+    """
+    try:
+        expected = _in_inference(module, x)
+    except Exception as error:
+        return f"its forward fails on a probe input ({type(error).__name__}: {error})"
+    with torch.no_grad():
+        found = computes(x)
+    limit = max(1e-4, 8 * torch.finfo(x.dtype).eps)
+    if not isinstance(expected, Tensor) or expected.shape != found.shape:
+        return f"its forward returns something else than {what}"
+    if not (found - expected).norm() <= limit * max(expected.norm(), found.norm()):
+        return f"its forward computes something else than {what}"
+    return None
+
+
+def _in_inference(module: nn.Module, x: Tensor) -> Any:
+    """Its own forward with every module inside in inference mode, then as they were."""
     modes = [(inner, inner.training) for inner in module.modules()]
     try:
         for inner, _ in modes:
             inner.training = False
         with torch.no_grad():
-            return call()
+            return own_forward(module, x)
     finally:
         for inner, training in modes:
             inner.training = training

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from emo_kernels import _C
+from emo_kernels.cpu import layout
 from emo_kernels.spec import Conditions
 
 BoundCall = Callable[[Tensor], Tensor | None]
@@ -51,11 +52,10 @@ def bind(
     kernel: _C.Prepared,
     x: Tensor,
     strides: Sequence[int],
-    out_shape: Sequence[int],
-    out_strides: Sequence[int],
+    out_shape: tuple[int, int, int, int],
     conditions: Conditions,
     *,
-    layout: torch.memory_format | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> BoundCall | None:
     """``kernel`` as a function of the map, ``None`` where it cannot be bound.
 
@@ -65,7 +65,8 @@ def bind(
     Args:
         kernel: for maps of x's shape and dtype.
         strides: of those maps.
-        layout: what brings other maps into these strides; ``None``: they are not taken.
+        out_shape: of the result, whose pixels are dense.
+        memory_format: what brings other maps into these strides; ``None``: they are not taken.
     """
     tensors = [place.get(key) for place, key in conditions.weights]
     dense = all(t is not None and type(t) in _PLAIN and t.is_contiguous() for t in tensors)
@@ -77,9 +78,9 @@ def bind(
         api=api,
         x=x,
         map_strides=strides,
-        layout=layout,
+        layout=memory_format,
         shape=out_shape,
-        strides=out_strides,
+        strides=layout.strides(*out_shape[1:]),
         places=[*conditions.places, (forward_ad.__dict__, "_current_level")],
         empty=conditions.empty,
         weights=conditions.weights,

@@ -78,7 +78,5 @@ def conv_norm_act_bind(
     """:func:`conv_norm_act` with all settled but the map's contents."""
     if not (x.is_contiguous() or _is_nhwc(x)):
         return None
-    n, o, h, w = shape = _output_shape(x, weight, **options)
-    strides = (o * h * w, 1, o * w, o)
     kernel = _prepare(x, (weight, *others), **options)
-    return bind(kernel, x, x.stride(), shape, strides, conditions)
+    return bind(kernel, x, x.stride(), _output_shape(x, weight, **options), conditions)

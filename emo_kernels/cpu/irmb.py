@@ -8,20 +8,18 @@ import torch
 from torch import Tensor
 
 from emo_kernels import _C
+from emo_kernels.cpu import layout
 from emo_kernels.cpu.bound import BoundCall, bind
 from emo_kernels.spec import Conditions, IRMBSpec, IRMBWeights, conv_output_size
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _NORMS = {"none": 0, "batch": 1, "layer": 2}
-_ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
-_WINDOWS = {"grid": 0, "block": 1, "both": 2}
 _MAX_TAPS = 64  # kMaxTaps of csrc/cpu/irmb_plan.h
 
 
 def irmb_unsupported(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> str | None:
     """Why the kernel cannot run this block, or ``None`` if it can."""
-    if x.dtype not in _DTYPES:
-        return f"the cpu kernel takes maps in float32, float64 and bfloat16, got {x.dtype}"
+    if reason := layout.wrong_dtype(x):
+        return reason
     dtypes = {tensor.dtype for _, tensor in weights.present()}
     if dtypes != {x.dtype} and (x.dtype, dtypes) != (torch.bfloat16, {torch.float32}):
         names = ", ".join(sorted(map(str, dtypes)))
@@ -58,11 +56,9 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
         ValueError: the kernel refuses a size or a pointer.
     """
     dense = IRMBWeights._make(None if t is None else t.contiguous() for t in weights)
-    shape, strides = _output(x, weights, spec)
-    map_strides = _map_strides(x)
-    if x.stride() != map_strides:  # whatever torch says of dimensions of size one
-        x = torch.empty_strided(x.shape, map_strides, dtype=x.dtype).copy_(x)
-    out = torch.empty_strided(shape, strides, dtype=x.dtype)
+    if x.stride() != layout.strides(*x.shape[1:]):  # whatever torch says of sides of size one
+        x = layout.new_map(x, *x.shape).copy_(x)
+    out = layout.new_map(x, *_output_shape(x, weights, spec))
     kernel = _C.prepare_irmb(*_arguments(x, dense, spec))
     kernel(x.data_ptr(), out.data_ptr(), torch.get_num_threads())
     return out
@@ -78,27 +74,19 @@ def irmb_bind(
     return bind(
         _C.prepare_irmb(*_arguments(x, weights, spec)),
         x,
-        _map_strides(x),
-        *_output(x, weights, spec),
+        layout.strides(*x.shape[1:]),
+        _output_shape(x, weights, spec),
         conditions,
-        layout=torch.channels_last,
+        memory_format=torch.channels_last,
     )
 
 
-def _map_strides(x: Tensor) -> tuple[int, ...]:
-    _, c, h, w = x.shape
-    return c * h * w, 1, c * w, c
-
-
-def _output(
-    x: Tensor, weights: IRMBWeights, spec: IRMBSpec
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides of the result."""
+def _output_shape(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> tuple[int, int, int, int]:
     assert weights.dw_weight is not None and weights.proj_weight is not None
     o = weights.proj_weight.shape[0]
     step = (weights.dw_weight.shape[3], spec.stride, spec.padding, spec.dilation)
     h, w = (conv_output_size(side, *step) for side in x.shape[2:])
-    return (x.shape[0], o, h, w), (o * h * w, 1, o * w, o)
+    return x.shape[0], o, h, w
 
 
 def _arguments(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> tuple[Any, ...]:
@@ -109,20 +97,20 @@ def _arguments(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> tuple[Any, ..
     m, _, _, k = w.dw_weight.shape
     switches = (
         _NORMS[spec.norm],
-        _ACTIVATIONS[spec.act],
+        layout.ACTIVATIONS[spec.act],
         spec.stride,
         spec.padding,
         spec.dilation,
         spec.skip,
         spec.head_dim,
         spec.window_size,
-        _WINDOWS[spec.window_mode],
+        layout.WINDOWS[spec.window_mode],
         spec.attn_pre,
     )
     return (
-        _DTYPES[x.dtype],
-        _DTYPES[w.dw_weight.dtype],
-        tuple([0 if t is None else t.data_ptr() for t in w]),
+        layout.DTYPES[x.dtype],
+        layout.DTYPES[w.dw_weight.dtype],
+        layout.addresses(*w),
         tuple([0 if t is None else t.numel() for t in w]),
         (*x.shape, m, w.proj_weight.shape[0], k, r),
         switches,

@@ -30,9 +30,14 @@ def pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
+def strides(c: int, h: int, w: int) -> tuple[int, int, int, int]:
+    """Of an (N, C, H, W) map with dense pixels."""
+    return h * w * c, 1, w * c, c
+
+
 def new_map(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
     """An uninitialised (N, C, H, W) map with dense pixels."""
-    return torch.empty_strided((n, c, h, w), (h * w * c, 1, w * c, c), dtype=like.dtype)
+    return torch.empty_strided((n, c, h, w), strides(c, h, w), dtype=like.dtype)
 
 
 def dense(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -60,8 +65,8 @@ def like(values: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     if values is None or parameter is None:
         return None
     values = values.reshape(parameter.shape)
-    strides = zip(values.shape, values.stride(), parameter.stride(), strict=True)
-    same_places = all(size == 1 or ours == theirs for size, ours, theirs in strides)
+    steps = zip(values.shape, values.stride(), parameter.stride(), strict=True)
+    same_places = all(size == 1 or ours == theirs for size, ours, theirs in steps)
     if values.dtype == parameter.dtype and same_places:
         return values.as_strided(parameter.shape, parameter.stride())
     return torch.empty_like(parameter).copy_(values)
