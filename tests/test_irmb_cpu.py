@@ -381,7 +381,7 @@ def test_unsupported_blocks_are_named() -> None:
     x, w = rounded(rows("odd_c21_m31")[0], FP32)
     spec = rows("odd_c21_m31")[0].spec()
     assert cpu.irmb_unsupported(x, w, spec) is None
-    assert "bfloat16, got torch.float16" in str(cpu.irmb_unsupported(x.half(), w, spec))
+    assert "maps, got torch.float16" in str(cpu.irmb_unsupported(x.half(), w, spec))
     assert cpu.irmb_unsupported(x.bfloat16(), w, spec) is None
     mixed = w._replace(bn_mean=w.bn_mean.bfloat16())
     assert "weights of the map" in str(cpu.irmb_unsupported(x.bfloat16(), mixed, spec))
