@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emo_kernels import backends, ops, reference
+from emo_kernels.graphs import GraphedForward, check_capturable
 from emo_kernels.link import Link
 from emo_kernels.ops.registration import needs_gradient, runs_standard_operators
 from emo_kernels.spec import IRMBSpec, IRMBWeights
@@ -19,7 +20,13 @@ from emo_kernels.swap import SwappedForward, disagreement, own_forward, restore_
 from emo_kernels.train_block import train
 
 
-def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> nn.Module:
+def accelerate(
+    model: nn.Module,
+    *,
+    backend: str | None = None,
+    strict: bool = False,
+    cuda_graphs: bool = False,
+) -> nn.Module:
     """Run every inverted residual mobile block of ``model`` on fused kernels, in place.
 
     Blocks are found by structure: this library's, the published class pasted into any code base,
@@ -34,13 +41,20 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
         model: any module; blocks at every depth are found.
         backend: the backend of every block, or ``None`` to choose at each call.
         strict: raise if a block stays as it is, and then change nothing.
+        cuda_graphs: capture the whole model's inference as a CUDA graph at the first call with a
+            shape, dtype and layout, and replay it from then on (at most 8 such kinds are kept).
+            Weights may change in place; whatever else changes is captured anew. Calls with
+            gradients, hooks, modules in training mode or tensors elsewhere run as without it.
+            Flags of ``torch.backends`` hold as they were at the capture.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: no backend has that name, or ``strict`` and a block is not accelerated.
-        NotImplementedError: that backend is not usable on this machine.
+        ValueError: no backend has that name, ``strict`` and a block is not accelerated, or
+            ``cuda_graphs`` and the model is not on one CUDA device.
+        NotImplementedError: that backend is not usable on this machine, or ``cuda_graphs`` and
+            there is no GPU.
 
     Example:
         >>> from emo_kernels.nn import iRMB
@@ -50,6 +64,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
     """
     if backend is not None:
         backends.check_usable(backend, "accelerate: backend")
+    if cuda_graphs:
+        check_capturable(model)
     found = list(find_blocks(model))
     changed = {path: reason for path, block in found if (reason := unreadable(block))}
     left = changed | {
@@ -64,6 +80,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
         if strict:
             raise ValueError(f"{message}. Use strict=False to accelerate the others")
         warnings.warn(message, stacklevel=2)
+    if isinstance(forward := model.__dict__.get("forward"), GraphedForward):
+        forward.take_off()
     for path, block in found:
         # Where any backend may run it, a block without a kernel here may have one elsewhere.
         if path not in (changed if backend is None else left):
@@ -71,6 +89,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None, strict: bool = F
             block.forward = AcceleratedForward(block, backend)
     if found:
         accelerate_stems(model, backend)
+    if cuda_graphs:
+        model.forward = GraphedForward(model)
     return model
 
 

@@ -13,7 +13,22 @@ from emo_kernels.structure import Reading, UnreadableError, has_global_hooks
 R = TypeVar("R", bound=Reading)
 
 
-class SwappedForward(Generic[R]):
+class Replacement:
+    """What stands in a module's ``__dict__`` for its forward, with what stood there before."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.previous = block.__dict__.get("forward")
+
+    def take_off(self) -> None:
+        """Put back what stood there before."""
+        if self.previous is None:
+            del self.block.__dict__["forward"]
+        else:
+            self.block.forward = self.previous
+
+
+class SwappedForward(Replacement, Generic[R]):
     """The forward of an accelerated module. Copied and pickled with it; holds no weights.
 
     A subclass says how to read the module and who computes a call that is not the last one again.
@@ -22,9 +37,8 @@ class SwappedForward(Generic[R]):
     read: type[R]
 
     def __init__(self, block: nn.Module, backend: str | None) -> None:
-        self.block = block
+        super().__init__(block)
         self.backend = backend
-        self.previous = block.__dict__.get("forward")
         self._reading: R | None = None
         self._bound: Callable[[Tensor], Tensor | None] | None = None
 
@@ -62,18 +76,14 @@ class SwappedForward(Generic[R]):
 
 def restore_module(module: nn.Module) -> None:
     """Give ``module`` its own forward back; nothing if it was not accelerated."""
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, SwappedForward):
-        if forward.previous is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = forward.previous
+    while isinstance(forward := module.__dict__.get("forward"), Replacement):
+        forward.take_off()
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call the forward that ``module`` has without acceleration."""
     forward = module.__dict__.get("forward")
-    if isinstance(forward, SwappedForward):
+    while isinstance(forward, Replacement):
         forward = forward.previous
     if forward is None:
         return type(module).forward(module, *args, **kwargs)
