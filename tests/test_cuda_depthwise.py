@@ -1,6 +1,6 @@
 """The CUDA depthwise kernels: their walk on the host, everywhere, and the kernels on a GPU.
 
-The walk (``csrc/cuda/depthwise_conv2d_walk.cpp``) runs the kernels' own code and raises where an
+The walk (``csrc/cuda/walk.h``) runs the kernels' own code and raises where an
 element of a result is not written exactly once, or where anything outside the operands is read; its
 numbers are held to the tolerance rule.
 """

@@ -334,8 +334,8 @@ class Backward {
   EMO_KERNEL void publish(int tap) {
     if (!is_filter_role_) return;
     auto* const shared = reinterpret_cast<double*>(shared_);
-    shared_slot(shared, args_.plan, place_, 0, place_.slot) = taps_[tap].x;
-    shared_slot(shared, args_.plan, place_, 1, place_.slot) = taps_[tap].y;
+    write(shared_slot(shared, args_.plan, place_, 0, place_.slot), double{taps_[tap].x});
+    write(shared_slot(shared, args_.plan, place_, 1, place_.slot), double{taps_[tap].y});
   }
 
   EMO_KERNEL void collect(int tap) const {

@@ -11,11 +11,6 @@
 
 namespace emo_kernels::cuda {
 
-struct Grid {
-  int64_t blocks;
-  int x, y, z;
-};
-
 inline Grid grid_of(const Plan& plan, int roles = 1) {
   return {plan.blocks(), plan.groups, plan.slots, roles};
 }

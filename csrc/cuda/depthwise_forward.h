@@ -51,9 +51,9 @@ struct Statistics {
       const bool has_pivot = pivot.data != nullptr && count > 0;
       const double delta = channel(shift, i) - (has_pivot ? element(pivot, c + i) : 0.0);
       const double sum = channel(s1, i), moved = sum + count * delta;
-      shared_slot(shared, plan, place, 2 * i, place.slot) = moved;
-      shared_slot(shared, plan, place, 2 * i + 1, place.slot) =
-          channel(s2, i) + delta * (sum + moved);
+      write(shared_slot(shared, plan, place, 2 * i, place.slot), moved);
+      write(shared_slot(shared, plan, place, 2 * i + 1, place.slot),
+            channel(s2, i) + delta * (sum + moved));
     }
   }
 

@@ -177,7 +177,8 @@ class GeneralFilterGradient : public General<BackwardArgs<T>> {
       const T x = read(this->args_.x + this->offset(n, x_row, x_col, g.H, g.W));
       sum = fused(dy_.read_at(this->offset(n, row, col, g.HO, g.WO)), widen(x), sum);
     });
-    shared_slot(this->shared_, this->args_.plan, this->place_, 0, this->place_.slot) = sum;
+    write(shared_slot(this->shared_, this->args_.plan, this->place_, 0, this->place_.slot),
+          double{sum});
   }
 
   EMO_KERNEL void collect(int tap) const {

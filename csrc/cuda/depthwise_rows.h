@@ -28,6 +28,7 @@ class Copies {
                  : "memory");
 #else
     if (live) note_read(from, sizeof(U));
+    note_copy(to, sizeof(U));
     std::memset(static_cast<void*>(to), 0xff, sizeof(U));
     pending_.push_back({to, live ? from : nullptr, sizeof(U)});
 #endif
@@ -50,6 +51,7 @@ class Copies {
 #else
     for (; groups_.size() > kLeft; groups_.pop_front()) {
       for (const Copy& copy : groups_.front()) {
+        note_write(copy.to, static_cast<int64_t>(copy.bytes));
         if (copy.from == nullptr) {
           std::memset(copy.to, 0, copy.bytes);
         } else {
@@ -124,14 +126,16 @@ constexpr int kStages = sizeof(T) == 2 && S == 1 ? 4 : 2;
 // ---- sums over the slots of a block -------------------------------------------------------------
 
 // Every thread publishes a value, those of slot 0 add them up, first to last.
-EMO_KERNEL double& shared_slot(double* shared, const Plan& plan, const Place& place, int i,
+EMO_KERNEL double* shared_slot(double* shared, const Plan& plan, const Place& place, int i,
                                int slot) {
-  return shared[(i * plan.slots + slot) * plan.groups + place.group];
+  return shared + (i * plan.slots + slot) * plan.groups + place.group;
 }
 
 EMO_KERNEL double slots_sum(double* shared, const Plan& plan, const Place& place, int i) {
   double sum = 0.0;
-  for (int slot = 0; slot < plan.slots; ++slot) sum += shared_slot(shared, plan, place, i, slot);
+  for (int slot = 0; slot < plan.slots; ++slot) {
+    sum += read(shared_slot(shared, plan, place, i, slot));
+  }
   return sum;
 }
 

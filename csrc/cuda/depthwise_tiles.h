@@ -33,6 +33,11 @@ struct Plan {
   EMO_ANYWHERE int64_t blocks() const { return programs * blocks_c; }
 };
 
+struct Grid {
+  int64_t blocks;
+  int x, y, z;  // threads of a block
+};
+
 // The place of a thread in the grid.
 struct Place {
   int64_t block = 0;

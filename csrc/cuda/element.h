@@ -22,9 +22,10 @@
 
 namespace emo_kernels::cuda {
 
-// Where a walk on the host watches what the kernels' code touches (depthwise_conv2d_walk.cpp).
+// Where a walk on the host watches what the kernels' code touches (walk.h).
 void note_read(const void* address, int64_t bytes);
 void note_write(const void* address, int64_t bytes);
+void note_copy(const void* address, int64_t bytes);  // one into shared memory begins
 
 struct BFloat16 {
   uint16_t bits;

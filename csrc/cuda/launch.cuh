@@ -24,6 +24,12 @@ struct EachThread {
   __device__ __forceinline__ void then(const Step& step) const {
     step(program);
   }
+  // A step that warps take together (mma.h), without a barrier.
+  template <class Step>
+  __device__ __forceinline__ void warps(const Step& step) const {
+    step(program);
+  }
+  __device__ __forceinline__ void barrier() const { __syncthreads(); }
 };
 
 template <class Program>

@@ -39,11 +39,12 @@ string(SHA256 EMO_CUDA_SOURCES "${EMO_CUDA_SOURCES}")
 string(SUBSTRING ${EMO_CUDA_SOURCES} 0 16 EMO_CUDA_SOURCES)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${EMO_CUDA_FILES})
 
-add_library(emo_kernels_cuda STATIC csrc/cuda/depthwise_conv2d_walk.cpp)
+set(EMO_CUDA_WALKS csrc/cuda/walk.cpp csrc/cuda/depthwise_conv2d_walk.cpp)
+add_library(emo_kernels_cuda STATIC ${EMO_CUDA_WALKS})
 target_include_directories(emo_kernels_cuda PUBLIC csrc)
 # The walk's numbers are the kernels': only what is written as a fused product is one. Memory is
 # read as pairs of elements.
-set_source_files_properties(csrc/cuda/depthwise_conv2d_walk.cpp PROPERTIES COMPILE_OPTIONS
+set_source_files_properties(${EMO_CUDA_WALKS} PROPERTIES COMPILE_OPTIONS
   "-O1;-Wall;-Wextra;-Wno-unknown-pragmas;-Wno-switch;-ffp-contract=off;-fno-strict-aliasing")
 if(EMO_CUDA_STATUS STREQUAL "")
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)

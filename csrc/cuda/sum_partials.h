@@ -43,13 +43,15 @@ class SumPartials {
     for (int64_t row = place_.slot; row < args_.rows && column() < size; row += kSlots) {
       sum += static_cast<double>(read(args_.partials + row * size + column()));
     }
-    shared_[place_.slot * kColumns + place_.group] = sum;
+    write(shared_ + place_.slot * kColumns + place_.group, sum);
   }
 
   EMO_KERNEL void collect() const {
     if (place_.slot != 0 || column() >= args_.taps * args_.C) return;
     double sum = 0.0;
-    for (int slot = 0; slot < kSlots; ++slot) sum += shared_[slot * kColumns + place_.group];
+    for (int slot = 0; slot < kSlots; ++slot) {
+      sum += read(shared_ + slot * kColumns + place_.group);
+    }
     const int64_t c = column() % args_.C, tap = column() / args_.C;
     set_element(args_.out, args_.dtype, c * args_.taps + tap, sum);
   }

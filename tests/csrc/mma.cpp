@@ -1,5 +1,5 @@
 // csrc/cuda/mma.h on the host: every lane's part of every matrix, and the products, against plain
-// loops. Prints nothing and returns 0 where all is right; tests/test_cuda_mma.py runs it.
+// loops. Prints nothing and returns 0 where all is right; tests/test_cuda_walk.py runs it.
 #include "cuda/mma.h"
 
 #include <cstdio>
