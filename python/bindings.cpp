@@ -287,6 +287,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_isas", &cpu::compiled_isas);
   m.def("available_isas", &cpu::available_isas);
   m.def("selected_isa", &cpu::selected_isa);
+  m.def("prefer_large_pages", [](int64_t address, int64_t bytes) {
+    cpu::prefer_large_pages(reinterpret_cast<void*>(static_cast<uintptr_t>(address)), bytes);
+  });
   m.def("scratch_bytes", &cpu::scratch_bytes);
   emo_kernels::python::add_bound_call(m);
   m.def("prepare_irmb", &prepare_irmb, py::arg("dtype"), py::arg("weight_dtype"),

@@ -14,6 +14,7 @@ import torch
 from test_cpu_threads import small_model
 
 from emo_kernels import _C
+from emo_kernels.cpu import layout
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc of Linux")
 MEGABYTE = 2**20
@@ -133,3 +134,24 @@ def test_scratch_of_a_finished_thread_is_freed() -> None:
     while _C.scratch_bytes() != before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert _C.scratch_bytes() == before
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no large pages"
+)
+def test_a_large_map_asks_for_large_pages() -> None:
+    large = layout.new_map(torch.empty(0), 1, 64, 256, 256)
+    assert "hg" in flags_of_page(large.data_ptr() + large.nbytes // 2)
+
+
+def flags_of_page(address: int) -> list[str]:
+    """What Linux knows of the mapping that holds ``address``."""
+    holds = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first:
+            begin, end = (int(part, 16) for part in first.split("-"))
+            holds = begin <= address < end
+        elif holds and first == "VmFlags:":
+            return rest.split()
+    raise AssertionError(f"no mapping holds {address:#x}")

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emo_kernels import _C
+
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 NORMS = {"none": 0, "affine": 1, "layer": 2}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 WINDOWS = {"grid": 0, "block": 1, "both": 2}
+
+_LARGE_MAP = 4 << 20  # bytes from which a map holds a page of 2 MB wherever it begins
 
 
 def wrong_dtype(x: Tensor) -> str | None:
@@ -37,7 +41,10 @@ def strides(c: int, h: int, w: int) -> tuple[int, int, int, int]:
 
 def new_map(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
     """An uninitialised (N, C, H, W) map with dense pixels."""
-    return torch.empty_strided((n, c, h, w), strides(c, h, w), dtype=like.dtype)
+    map_ = torch.empty_strided((n, c, h, w), strides(c, h, w), dtype=like.dtype)
+    if map_.nbytes >= _LARGE_MAP:
+        _C.prefer_large_pages(map_.data_ptr(), map_.nbytes)
+    return map_
 
 
 def dense(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
