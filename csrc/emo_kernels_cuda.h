@@ -43,14 +43,33 @@ struct DepthwiseBackwardCall {
   Target target;
 };
 
+// Expansion and depthwise convolution in one: y = filters * act(weight norm(x) + bias), the map
+// between them zero outside, and the sums of y. K 3 or 5, stride 1 or 2, M even.
+struct ExpandDepthwiseCall {
+  DType dtype = DType::kFloat32;
+  Activation act = Activation::kNone;
+  const void* x = nullptr;        // (N, H, W, C)
+  void* y = nullptr;              // (N, Ho, Wo, M)
+  Vector norm_weight, norm_bias;  // (C,): norm_weight[c] x + norm_bias[c]; absent: 1, 0
+  Vector weight, bias;            // (M, C), (M,)
+  Vector filters, pivot;          // (M, K, K), (M,)
+  double* sums = nullptr;         // (2, M)
+  int64_t N = 0, C = 0, M = 0, H = 0, W = 0, K = 0, stride = 1, padding = 0;
+  Target target;
+};
+
 int64_t scratch_bytes(const DepthwiseCall& call);
 int64_t scratch_bytes(const DepthwiseBackwardCall& call);
+int64_t scratch_bytes(const ExpandDepthwiseCall& call);
+int64_t shared_bytes(const ExpandDepthwiseCall& call);  // of a block; 0: it does not fit
 // On the target's device and stream; a std::runtime_error names the kernel that failed.
 void launch_depthwise_conv2d(const DepthwiseCall& call);
 void launch_depthwise_conv2d_backward(const DepthwiseBackwardCall& call);
+void launch_expand_depthwise(const ExpandDepthwiseCall& call);
 // On the host: the kernels' own code, thread after thread, every access checked. A
 // std::logic_error says what was read outside, or written other than once.
 void walk_depthwise_conv2d(const DepthwiseCall& call);
 void walk_depthwise_conv2d_backward(const DepthwiseBackwardCall& call);
+void walk_expand_depthwise(const ExpandDepthwiseCall& call);
 
 }  // namespace emo_kernels::cuda

@@ -130,3 +130,18 @@ def cuda_depthwise_conv2d_backward(
 def cuda_depthwise_conv2d_backward_walk(
     dtype: int, pointers: _Pointers, sizes: tuple[int, ...], scratch: int
 ) -> None: ...
+def cuda_expand_depthwise_scratch(
+    dtype: int, pointers: _Pointers, sizes: tuple[int, ...]
+) -> int: ...
+def cuda_expand_depthwise(
+    dtype: int,
+    pointers: _Pointers,
+    sizes: tuple[int, ...],
+    scratch: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_expand_depthwise_walk(
+    dtype: int, pointers: _Pointers, sizes: tuple[int, ...], scratch: int
+) -> None: ...
+def cuda_expand_depthwise_shared_bytes(dtype: int, sizes: tuple[int, ...]) -> int: ...

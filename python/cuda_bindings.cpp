@@ -28,19 +28,23 @@ void point_all(const py::tuple& pointers, Ps&... targets) {
   (point(targets, pointers[i++]), ...);
 }
 
+void size_all(const py::tuple& sizes, std::initializer_list<int64_t*> targets) {
+  if (sizes.size() != targets.size()) throw std::invalid_argument("wrong number of sizes");
+  size_t i = 0;
+  for (int64_t* const target : targets) *target = sizes[i++].cast<int64_t>();
+}
+
 template <class Call>
-void size_all(const py::tuple& sizes, Call& call) {
-  int64_t* const targets[] = {&call.N, &call.C,      &call.H,       &call.W,
-                              &call.K, &call.stride, &call.padding, &call.dilation};
-  if (sizes.size() != 8) throw std::invalid_argument("wrong number of sizes");
-  for (size_t i = 0; i < 8; ++i) *targets[i] = sizes[i].cast<int64_t>();
+void convolution_sizes(const py::tuple& sizes, Call& call) {
+  size_all(sizes, {&call.N, &call.C, &call.H, &call.W, &call.K, &call.stride, &call.padding,
+                   &call.dilation});
 }
 
 DepthwiseCall forward_call(int dtype, const py::tuple& pointers, const py::tuple& sizes) {
   DepthwiseCall call;
   call.dtype = static_cast<DType>(dtype);
   point_all(pointers, call.x, call.weight, call.pivot, call.y, call.sums);
-  size_all(sizes, call);
+  convolution_sizes(sizes, call);
   return call;
 }
 
@@ -49,7 +53,25 @@ DepthwiseBackwardCall backward_call(int dtype, const py::tuple& pointers, const 
   call.dtype = static_cast<DType>(dtype);
   point_all(pointers, call.grad, call.x, call.weight, call.y, call.coefficients, call.local_grad,
             call.dx, call.dweight);
-  size_all(sizes, call);
+  convolution_sizes(sizes, call);
+  return call;
+}
+
+ExpandDepthwiseCall expand_depthwise_sizes(int dtype, const py::tuple& sizes) {
+  ExpandDepthwiseCall call;
+  call.dtype = static_cast<DType>(dtype);
+  int64_t act = 0;
+  size_all(sizes, {&call.N, &call.C, &call.M, &call.H, &call.W, &call.K, &call.stride,
+                   &call.padding, &act});
+  call.act = static_cast<Activation>(act);
+  return call;
+}
+
+ExpandDepthwiseCall expand_depthwise_call(int dtype, const py::tuple& pointers,
+                                          const py::tuple& sizes) {
+  ExpandDepthwiseCall call = expand_depthwise_sizes(dtype, sizes);
+  point_all(pointers, call.x, call.norm_weight, call.norm_bias, call.weight, call.bias,
+            call.filters, call.pivot, call.y, call.sums);
   return call;
 }
 
@@ -85,6 +107,11 @@ void bind(py::module_& m) {
   define(m, "depthwise_conv2d", &forward_call, &launch_depthwise_conv2d, &walk_depthwise_conv2d);
   define(m, "depthwise_conv2d_backward", &backward_call, &launch_depthwise_conv2d_backward,
          &walk_depthwise_conv2d_backward);
+  define(m, "expand_depthwise", &expand_depthwise_call, &launch_expand_depthwise,
+         &walk_expand_depthwise);
+  m.def("cuda_expand_depthwise_shared_bytes", [](int dtype, const py::tuple& sizes) {
+    return shared_bytes(expand_depthwise_sizes(dtype, sizes));
+  });
 }
 
 }  // namespace emo_kernels::cuda

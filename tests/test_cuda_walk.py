@@ -1,7 +1,7 @@
-"""What proves the CUDA kernels on the host: the walk finds faults, tensor cores multiply as stated.
+"""What proves the CUDA kernels on the host: the walk finds faults, products are as stated.
 
-``csrc/walk.cpp`` has programs with one fault each; ``csrc/mma.cpp`` holds the part that each lane has
-of every matrix to the tables of the PTX ISA, and products to plain loops, to the bit.
+``csrc/walk.cpp`` has programs with one fault each; ``csrc/mma.cpp`` holds each lane's part of
+every matrix to the tables of the PTX ISA, and products to plain loops, to the bit.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@
 // Limits: as forward; stride 2 with dilation 1 alone.
 #pragma once
 
+#include "cuda/channel_sums.h"
 #include "cuda/depthwise_gradient.h"
 #include "cuda/depthwise_rows.h"
 

@@ -20,7 +20,7 @@ class Copies {
   // *to = live ? *from : 0, some time before its group is waited for.
   template <class U>
   EMO_KERNEL void start(U* to, const U* from, bool live) {
-    static_assert(sizeof(U) == 4 || sizeof(U) == 8);
+    static_assert(sizeof(U) == 4 || sizeof(U) == 8 || sizeof(U) == 16);
 #if defined(__CUDACC__)
     const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from),
@@ -122,21 +122,5 @@ constexpr int kUnfinished = (K + S - 1) / S;
 // Buffers: more where they are small, so that more is under way.
 template <class T, int S>
 constexpr int kStages = sizeof(T) == 2 && S == 1 ? 4 : 2;
-
-// ---- sums over the slots of a block -------------------------------------------------------------
-
-// Every thread publishes a value, those of slot 0 add them up, first to last.
-EMO_KERNEL double* shared_slot(double* shared, const Plan& plan, const Place& place, int i,
-                               int slot) {
-  return shared + (i * plan.slots + slot) * plan.groups + place.group;
-}
-
-EMO_KERNEL double slots_sum(double* shared, const Plan& plan, const Place& place, int i) {
-  double sum = 0.0;
-  for (int slot = 0; slot < plan.slots; ++slot) {
-    sum += read(shared_slot(shared, plan, place, i, slot));
-  }
-  return sum;
-}
 
 }  // namespace emo_kernels::cuda

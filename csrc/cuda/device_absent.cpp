@@ -20,4 +20,6 @@ void launch_depthwise_conv2d_backward(const DepthwiseBackwardCall&) {
   refuse("depthwise_conv2d_backward");
 }
 
+void launch_expand_depthwise(const ExpandDepthwiseCall&) { refuse("expand_depthwise"); }
+
 }  // namespace emo_kernels::cuda

@@ -6,10 +6,18 @@ from emo_kernels.cuda.depthwise_conv2d import (
     depthwise_conv2d_statistics,
     depthwise_conv2d_unsupported,
 )
+from emo_kernels.cuda.expand_depthwise import (
+    expand_depthwise,
+    expand_depthwise_statistics,
+    expand_depthwise_unsupported,
+)
 
 __all__ = [
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "depthwise_conv2d_statistics",
     "depthwise_conv2d_unsupported",
+    "expand_depthwise",
+    "expand_depthwise_statistics",
+    "expand_depthwise_unsupported",
 ]

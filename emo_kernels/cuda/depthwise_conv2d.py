@@ -6,8 +6,7 @@ and checks every access. Backends never choose it: it is for tests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,24 +28,6 @@ def depthwise_conv2d_unsupported(
     if max(sizes) >= _MOST:
         return f"the CUDA kernels take sizes below 2**24, got {max(sizes)}"
     return None
-
-
-def _run(
-    scratch_bytes: Callable[..., int],
-    launch: Callable[..., None],
-    walk: Callable[..., None],
-    x: Tensor,
-    pointers: tuple[Any, ...],
-    sizes: tuple[int, ...],
-) -> None:
-    """One call on the device and stream of ``x``, or on the host."""
-    arguments = (layout.DTYPES[x.dtype], pointers, sizes)
-    scratch = layout.scratch(x, scratch_bytes(*arguments))
-    if not x.is_cuda:
-        walk(*arguments, scratch.data_ptr())
-        return
-    stream = torch.cuda.current_stream(x.device)
-    launch(*arguments, scratch.data_ptr(), x.device.index, stream.cuda_stream)
 
 
 def _forward(
@@ -72,7 +53,7 @@ def _forward(
         layout.address(y),
         layout.address(sums),
     )
-    _run(
+    layout.run(
         _C.cuda_depthwise_conv2d_scratch,
         _C.cuda_depthwise_conv2d,
         _C.cuda_depthwise_conv2d_walk,
@@ -146,7 +127,7 @@ def depthwise_conv2d_backward(
         layout.address(dx),
         layout.address(dweight),
     )
-    _run(
+    layout.run(
         _C.cuda_depthwise_conv2d_backward_scratch,
         _C.cuda_depthwise_conv2d_backward,
         _C.cuda_depthwise_conv2d_backward_walk,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 MAP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -38,3 +42,21 @@ def vector(tensor: Tensor | None) -> tuple[int, int]:
 def scratch(like: Tensor, size: int) -> Tensor:
     """``size`` bytes on the device of ``like``, aligned to 16 and more."""
     return torch.empty((size + 15) // 16 * 2, dtype=torch.float64, device=like.device)
+
+
+def run(
+    scratch_bytes: Callable[..., int],
+    launch: Callable[..., None],
+    walk: Callable[..., None],
+    x: Tensor,
+    pointers: tuple[Any, ...],
+    sizes: tuple[int, ...],
+) -> None:
+    """One call on the device and stream of ``x``, or on the host."""
+    arguments = (DTYPES[x.dtype], pointers, sizes)
+    space = scratch(x, scratch_bytes(*arguments))
+    if not x.is_cuda:
+        walk(*arguments, space.data_ptr())
+        return
+    stream = torch.cuda.current_stream(x.device)
+    launch(*arguments, space.data_ptr(), x.device.index, stream.cuda_stream)

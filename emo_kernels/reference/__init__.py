@@ -19,6 +19,7 @@ from emo_kernels.reference.depthwise_conv2d import (
     depthwise_conv2d_statistics,
 )
 from emo_kernels.reference.expand import expand, expand_backward
+from emo_kernels.reference.expand_depthwise import expand_depthwise, expand_depthwise_statistics
 from emo_kernels.reference.irmb import irmb
 from emo_kernels.reference.shrink import shrink, shrink_backward, shrink_statistics
 from emo_kernels.reference.squeeze import squeeze, squeeze_backward
@@ -35,6 +36,8 @@ __all__ = [
     "depthwise_conv2d_statistics",
     "expand",
     "expand_backward",
+    "expand_depthwise",
+    "expand_depthwise_statistics",
     "irmb",
     "shrink",
     "shrink_backward",
