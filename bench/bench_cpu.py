@@ -28,9 +28,10 @@ from emo_kernels.cli.info import one_line
 from emo_kernels.cli.progress import Progress
 from emo_kernels.measure.case import Case
 from emo_kernels.measure.charts import draw_all
+from emo_kernels.measure.child import measure_in_child
 from emo_kernels.measure.engines import check_peers
 from emo_kernels.measure.results import Results
-from emo_kernels.measure.row import Row, measure_in_child
+from emo_kernels.measure.row import Row
 from emo_kernels.measure.tables import text, verdict
 
 OUT = Path(__file__).resolve().parents[1] / "build" / "bench" / "cpu.json"

@@ -29,7 +29,8 @@ def section(path: Path) -> str:
     lines = [
         f"{_machine(data, rows)}; [`{where}`]({where}). Milliseconds as median (p10), of a "
         "training step forward and backward; the ratio to the fastest peer with its 95 % interval "
-        "over rounds; useful arithmetic as a share of `torch.mm`'s rate in the same run.",
+        "over rounds; useful arithmetic as a share of `torch.mm`'s rate in the same run; whether "
+        "our result matches an fp64 oracle, and the largest relative error of output or gradient.",
         markdown(rows),
     ]
     noisy = sum(bool(row.get("noisy")) for row in rows)

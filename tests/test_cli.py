@@ -18,7 +18,6 @@ from emo_kernels.__main__ import COMMANDS, main
 from emo_kernels.backends import only_by_name
 from emo_kernels.cli import check, check_cases, demo, files, images, options, profile
 from emo_kernels.cli.pairs import compare
-from emo_kernels.measure import row
 
 # A model small enough for a test, with both kinds of block.
 TINY = ["depths=(1,1,2,1)", "dims=(16,24,40,42)", "dim_heads=(8,8,20,21)", "stem_dim=8"]
@@ -50,14 +49,6 @@ def photo(tmp_path: Path) -> Path:
         (["demo", "truncated.png"], "is not an image"),
         (["demo", "--device", "potato"], "--device must be cpu, cuda or cuda:N, got 'potato'"),
         (["demo", "--device", "cuda:99"], "asks for a GPU; torch sees"),
-        (["bench", "emo_1m", "--threads", "0"], "--threads must be at least 1, got 0"),
-        (["bench", "emo_1m", "--batch", "0"], "each be at least 1"),
-        (["bench", "emo_1m", "--size", "9y"], "--size must be like 224 or 800x1344, got '9y'"),
-        (["bench", "emo_1m", "--peers", "eagre"], "did you mean 'eager'"),
-        (["bench", "emo_1m", "--fail-over", "lots"], "a percentage such as 5%"),
-        (["bench", "emo_1m", "--compare", "nowhere.json"], "no file nowhere.json"),
-        (["bench", "plot"], "needs a results file"),
-        (["bench", "plot", "nowhere.json"], "no file nowhere.json"),
         (["explain", "emo_9m"], "emo_1m"),
         (["explain", "emo_1m", "--size", "1", "2", "3", "4"], "--size must be"),
         (["explain", "emo_1m", "--size", "0"], "--size must be"),
@@ -174,27 +165,6 @@ def test_explain_gives_a_row_for_every_block(capsys: pytest.CaptureFixture[str])
     text = json.dumps(report)
     assert "stage1.0" in text
     assert "stage4.2" in text
-
-
-def test_bench_reports_times_and_a_match(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(row, "machine_limits", lambda: {"matmul_gflops": {"fp32": 100.0}})
-    argv = ["bench", "emo_1m", "--set", *TINY, "--size", "32", "--batch", "1", "2"]
-    status, report = run_json(capsys, *argv, "--seconds", "0.1", "--csv", "out.csv")
-    assert status == 0
-    assert isinstance(report, dict)
-    assert [found["case"]["batch"] for found in report["rows"]] == [1, 2]
-    for found in report["rows"]:
-        assert all(engine["match"] for engine in found["engines"].values())
-        medians = {name: engine["median"] for name, engine in found["engines"].items()}
-        ours = medians.pop("emo_kernels")
-        assert found["ratio"] == pytest.approx(min(medians.values()) / ours)
-    assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + 2 * 3
-    assert main([*argv[:-1], "--seconds", "0.1", "--compare", "last", "--fail-over", "99%"]) == 0
-    assert "over the best" in capsys.readouterr().out
 
 
 def test_profile_tells_blocks_and_writes_traces(

@@ -4,10 +4,15 @@
     emo-kernels bench emo_5m --peers all --json out.json --compare last --fail-over 5%
     emo-kernels bench plot out.json
 
-Every result is held against an fp64 oracle before it is timed; the speed-up is over the fastest
-peer, with the interval that holds it in 95 % of the runs. `plot` draws a results file, as PNG, SVG
+    emo-kernels bench --quick
+    emo-kernels bench compare first.json second.json --fail-over 5%
+
+Every row runs in a process of its own, where every result is held against an fp64 oracle before it
+is timed; the speed-up is over the fastest peer, with the interval that holds it in 95 % of the
+runs. Rows are saved as they come, to out/bench.json too: the last one of every case. `--quick`
+takes a minute and a half. `compare` tells how far two files differ; `plot` draws one, as PNG, SVG
 and one HTML page. `--resources` times nothing: it compiles the Triton kernels for GPUs that need
-not be here.
+not be here. Exit status 1: a result does not match, a row failed, or a ratio fell.
 """
 
 from __future__ import annotations
@@ -15,16 +20,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from emo_kernels.cli.files import write_atomically
-from emo_kernels.cli.info import machine, one_line
+from emo_kernels.cli.info import one_line
 from emo_kernels.cli.options import (
     add_runtime,
     add_settings,
@@ -36,21 +41,30 @@ from emo_kernels.cli.options import (
 from emo_kernels.cli.progress import Progress
 from emo_kernels.measure import results, tables
 from emo_kernels.measure.case import DTYPES, MODES, Case
-from emo_kernels.measure.engines import OURS, check_peers
-from emo_kernels.measure.row import Row, measure
+from emo_kernels.measure.child import measure_in_child
+from emo_kernels.measure.engines import check_peers
+from emo_kernels.measure.results import Results
+from emo_kernels.measure.row import Row
+from emo_kernels.models import create_model
 
 _LAST = Path("out") / "bench.json"
-_QUICK_SECONDS, _QUICK_PEERS = 2.0, ("eager", "eager channels_last")
+_PEERS, _QUICK_SECONDS = ("eager", "eager channels_last"), 2.0
+_MODEL = "emo_5m"
+_QUICK_MODELS, _QUICK_MODES = ("emo_1m", "emo_5m"), (("infer", [1]), ("train", [4]))
+_LONGEST = 1800.0  # seconds of a row: compilers take minutes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``bench``."""
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="emo_1m, emo_5m, …; or: plot FILE.json"
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="emo_1m, emo_5m, … (default: emo_5m); or: plot FILE; or: compare FILE FILE",
     )
     add_settings(parser)
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["infer"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="default: 1")
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: infer")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 1")
     parser.add_argument(
         "--size", nargs="+", default=["224"], metavar="SIDE|HxW", help="default: 224"
     )
@@ -61,12 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", nargs="+", metavar="NAME", help="or all (default: eager in both layouts)"
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing for one row")
-    parser.add_argument("--quick", action="store_true", help="two seconds a row")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two seconds a row; without a model: emo_1m and emo_5m in inference and training",
+    )
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="rows as JSON; without FILE, printed"
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="rows with timm's column names")
-    parser.add_argument("--compare", metavar="FILE", help="earlier rows, or last")
+    parser.add_argument(
+        "--compare", metavar="FILE", help="earlier rows, or last: those of out/bench.json"
+    )
     parser.add_argument(
         "--fail-over", default="5%", metavar="P%", help="status 1 if a ratio fell by more (5%%)"
     )
@@ -82,40 +102,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one row for each case; 1 if one does not match, fails or fell behind ``--compare``."""
-    if args.models[0] == "plot":
+    threshold = _fraction(args.fail_over)
+    if args.models[:1] == ["plot"]:
         return _plot(args.models[1:])
+    if args.models[:1] == ["compare"]:
+        return _compare(args.models[1:], threshold)
     if args.resources:
+        args.models = args.models or [_MODEL]
         return importlib.import_module("emo_kernels.cli.resources").run(args)  # needs triton
-    device, threshold = use_runtime(args), _fraction(args.fail_over)
-    peers = check_peers(args.peers or _QUICK_PEERS)
+    device = use_runtime(args)
+    peers = check_peers(args.peers or _PEERS)
     cases = list(_cases(args, str(device)))
-    earlier = [] if args.compare is None else results.read(_earlier(args.compare))["rows"]
-    rows = []
-    seconds = _QUICK_SECONDS if args.quick else args.seconds
-    with Progress("bench", len(cases), unit="row") as progress:
-        try:
-            for case in cases:
-                rows.append(_measure(case, peers, seconds, args.backend, progress))
-                progress.advance(case.name)
-        except KeyboardInterrupt:
-            progress.say("interrupted: these rows were measured")
-    _write(rows, args)
-    behind = results.slower(rows, earlier, threshold)
+    _check_models({case.model for case in cases}, settings(args))
+    last, earlier = Results(_LAST), _earlier(args.compare)
+    found, interrupted = _measure_all(cases, peers, args, last)
+    _show(found, args)
+    behind = results.slower(found.rows, earlier, threshold)
     for line in behind:
         print(f"slower: {line}", file=sys.stderr)
-    good = all(row["status"] in ("ok", "absent") for row in rows) and not behind
-    return 0 if good and len(rows) == len(cases) else 1
+    if interrupted:
+        raise KeyboardInterrupt
+    good = all(row["status"] in ("ok", "absent") for row in found.rows) and not behind
+    return 0 if good else 1
 
 
 def _cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
     fields, threads = tuple(settings(args).items()), torch.get_num_threads()
-    if min(args.batch) < 1:
-        raise ValueError(f"--batch must each be at least 1, got {min(args.batch)}")
-    for model, mode, dtype, size, batch in itertools.product(
-        args.models, args.mode, args.dtype or ["fp32"], map(image_size, args.size), args.batch
-    ):
-        case = Case(model, mode, dtype, batch, size, threads, settings=fields)
-        yield replace(case, device=device)
+    batches = args.batch or [1]
+    if min(batches) < 1:
+        raise ValueError(f"--batch must each be at least 1, got {min(batches)}")
+    sizes, dtypes = [image_size(size) for size in args.size], args.dtype or ["fp32"]
+    modes = [(mode, batches) for mode in args.mode or ["infer"]]
+    if args.quick and not args.models:
+        modes = [(m, args.batch or b) for m, b in _QUICK_MODES if m in (args.mode or MODES)]
+    models = args.models or (_QUICK_MODELS if args.quick else [_MODEL])
+    for model, (mode, several), dtype, size in itertools.product(models, modes, dtypes, sizes):
+        for batch in several:
+            case = Case(model, mode, dtype, batch, size, threads, settings=fields)
+            yield replace(case, device=device)
+
+
+def _check_models(names: set[str], fields: dict[str, Any]) -> None:
+    """Unknown names and fields are told before the first row, not after it."""
+    with torch.device("meta"):
+        for name in sorted(names):
+            create_model(name, **fields)
 
 
 def _fraction(text: str) -> float:
@@ -128,35 +159,68 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _earlier(name: str) -> Path:
-    return _LAST if name == "last" else Path(name)
+def _earlier(name: str | None) -> list[Row]:
+    """The rows to compare with; read before this run replaces the last ones."""
+    if name == "last" and not _LAST.is_file():
+        print(f"bench: nothing to compare with yet: this run writes {_LAST}", file=sys.stderr)
+        return []
+    path = _LAST if name == "last" else Path(name or "")
+    return [] if name is None else list(results.read(path)["rows"])
+
+
+def _measure_all(
+    cases: list[Case], peers: tuple[str, ...], args: argparse.Namespace, last: Results
+) -> tuple[Results, bool]:
+    """The rows, saved after each, and whether Ctrl-C ended the run."""
+    found = Results(None if args.json in (None, "-") else Path(args.json), fresh=True)
+    seconds = _QUICK_SECONDS if args.quick else args.seconds
+    with Progress("bench", len(cases), unit="row") as progress:
+        for case in cases:
+            row = _measure(case, peers, seconds, args.backend, progress)
+            interrupted = bool(row.get("interrupted"))
+            if row.get("engines") or not interrupted:
+                for kept in (found, last):
+                    kept.put(row)
+            if interrupted:
+                progress.say("interrupted: what was measured is kept")
+                return found, True
+            progress.advance(case.name)
+    return found, False
 
 
 def _measure(
     case: Case, peers: tuple[str, ...], seconds: float, backend: str | None, progress: Progress
 ) -> Row:
     """One row; where memory runs out, of half the batch."""
-    row = measure(case, peers=peers, seconds=seconds, backend=backend)
-    reason = row.get("absent", {}).get(OURS, "")
-    if row["status"] == "absent" and "memory" in reason and case.batch > 1:
-        progress.say(f"{case.name}: {reason}; trying half the batch")
-        return _measure(replace(case, batch=case.batch // 2), peers, seconds, backend, progress)
-    return {"commit": results.commit(), "torch": torch.__version__, **row}
+    row = measure_in_child(case, peers=peers, seconds=seconds, backend=backend, limit=_LONGEST)
+    if row.get("out_of_memory") and case.batch > 1:
+        half = replace(case, batch=case.batch // 2)
+        progress.say(f"{case.name}: {row['error']}; trying batch {half.batch}")
+        row = _measure(half, peers, seconds, backend, progress) | {"halved_from": case.batch}
+    return row
 
 
-def _write(rows: list[Row], args: argparse.Namespace) -> None:
-    data = {"machine": machine(), "rows": rows}
-    text = (json.dumps(data, indent=2) + "\n").encode()
-    for path in {_LAST} | ({Path(args.json)} if args.json not in (None, "-") else set()):
-        write_atomically(path, lambda file: file.write(text))
+def _show(found: Results, args: argparse.Namespace) -> None:
     if args.csv is not None:
-        table = tables.as_csv(rows).encode()
+        table = tables.as_csv(found.rows).encode()
         write_atomically(args.csv, lambda file: file.write(table))
     if args.json == "-":
-        print_json(data)
+        print_json(found.data())
     else:
         print(one_line())
-        print(tables.text(rows))
+        print(tables.text(found.rows))
+
+
+def _compare(files: list[str], threshold: float) -> int:
+    """How far the rows of two files differ; 1 if a ratio to the best peer does by more."""
+    if len(files) != 2:
+        raise ValueError("bench: compare needs two files, as in: bench compare old.json new.json")
+    old, new = (results.read(Path(file))["rows"] for file in files)
+    changes = results.changes(old, new)
+    if not changes:
+        raise ValueError(f"bench: {files[0]} and {files[1]} have no timed row in common")
+    print(tables.changes_text(changes))
+    return int(any(abs(change.ratio) > threshold for change in changes))
 
 
 def _plot(files: list[str]) -> int:

@@ -61,6 +61,11 @@ class Case:
         words += [word for word in (self.isa, self.device) if word not in ("", "cpu")]
         return " ".join(words)
 
+    @property
+    def trains(self) -> bool:
+        """Whether a call is a training step."""
+        return self.mode != "infer"
+
     @staticmethod
     def of(fields: dict[str, Any]) -> Case:
         """The case that ``dataclasses.asdict`` turned into JSON."""
@@ -76,16 +81,16 @@ class Work:
     """What every engine of a case computes: the same module, rounded weights and input.
 
     Attributes:
-        module: in the dtype of the case, in training mode for ``train``.
+        module: in the dtype of the case, in training mode if the case trains.
         x: (N, C, H, W) in the dtype of the case.
-        labels: (N,) classes for ``train``.
+        labels: (N,) classes, for the loss.
     """
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
         self.case = case
         settings = dict(case.settings)
-        if case.mode != "infer":
+        if case.trains:
             settings["drop_path_rate"] = 0.0  # the engines would draw different numbers
         module: nn.Module = create_model(case.model, **settings).to(case.device)
         channels = settings.get("in_chans", 3)
@@ -95,7 +100,7 @@ class Work:
         if case.block:
             module, x = _block_and_input(module, case.block, x)
         dtype = DTYPES[case.dtype]
-        self.module = module.to(dtype).train(case.mode == "train")
+        self.module = module.to(dtype).train(case.trains)
         self.x = x.to(dtype)
 
     def copy(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -115,7 +120,7 @@ class Work:
     def gflop(self) -> float:
         """Useful work of one call in GFLOP: a backward pass costs two forwards of products."""
         macs = count_macs(self.copy(torch.float32), tuple(self.x.shape)).total
-        return 2e-9 * macs * (3 if self.case.mode == "train" else 1)
+        return 2e-9 * macs * (3 if self.case.trains else 1)
 
     @cached_property
     def least_bytes(self) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import io
+import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,20 +20,29 @@ from torch import Tensor, nn
 
 from emo_kernels.accelerate import accelerate
 from emo_kernels.explain import explain
-from emo_kernels.measure.case import Work
+from emo_kernels.measure.case import Case, Work
 
 OURS = "emo_kernels"
 # Engines that no environment variable of isa_environment() limits.
 UNLIMITED = ("onnxruntime",)
+_COPIES, _ROTATED_BYTES = 16, 32 * 2**20
 
 
 @dataclass
 class Engine:
-    """One that takes part: its call, and the module that holds its gradients in training."""
+    """One that takes part.
+
+    Attributes:
+        call: a forward pass or a training step.
+        module: holds the gradients in training; ``None`` for an engine that is not torch's.
+        note: what there is to say of it.
+        saves: autograd's hooks see what its forward pass keeps for backward.
+    """
 
     call: Callable[[], Tensor]
     module: nn.Module | None = None
     note: str = ""
+    saves: bool = True
 
 
 @dataclass
@@ -41,6 +51,11 @@ class Engines:
 
     run: dict[str, Engine] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+
+    def drop(self, name: str, reason: str) -> None:
+        """It takes part no longer."""
+        self.run.pop(name)
+        self.absent[name] = reason
 
 
 def isa_environment(isa: str) -> dict[str, str]:
@@ -72,7 +87,7 @@ def build_engines(
     torch.set_num_threads(case.threads)
     for name in (OURS, *peers):
         on_build(name)
-        reason = _does_not_apply(name, case.mode, case.device)
+        reason = _does_not_apply(name, case)
         if reason is not None:
             engines.absent[name] = reason
             continue
@@ -85,6 +100,8 @@ def build_engines(
         except ImportError as error:
             engines.absent[name] = f"not installed: {error}"
         except Exception as error:  # an engine that fails is reported, not fatal
+            if name == OURS and is_out_of_memory(error):
+                raise
             engines.absent[name] = short(error)
     return engines
 
@@ -93,6 +110,12 @@ def short(error: BaseException) -> str:
     """The kind of an error and the first line that says something."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}".rstrip(": ")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says so, in the words of Python, CUDA, torch's allocator or glibc."""
+    words = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def peer_names() -> tuple[str, ...]:
@@ -118,22 +141,28 @@ def check_peers(names: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
-def _does_not_apply(name: str, mode: str, device: str) -> str | None:
+def _does_not_apply(name: str, case: Case) -> str | None:
     if name in ("onnxruntime", "openvino"):
-        if mode != "infer":
+        if case.trains:
             return "inference only"
-        if device != "cpu":
+        if case.device != "cpu":
             return "compared on the CPU only"
     return None
+
+
+def rotation(x: Tensor) -> Iterator[Tensor]:
+    """Equal inputs in turn, each in memory of its own: no call finds its input in the caches."""
+    copies = max(1, min(_COPIES, _ROTATED_BYTES // max(1, x.numel() * x.element_size())))
+    return itertools.cycle([x, *(x.clone() for _ in range(1, copies))])
 
 
 # ------------------------------------------------------------------------------ engines of PyTorch
 
 
 def _ours(work: Work, backend: str | None) -> Engine:
-    module = accelerate(_channels_last(work), backend=backend, strict=work.case.mode == "infer")
+    module = accelerate(_channels_last(work), backend=backend, strict=not work.case.trains)
     x = work.x.contiguous(memory_format=torch.channels_last)
-    training = work.case.mode == "train"
+    training = work.case.trains
     engine = _torch_engine(work, module, x)
     engine.call()
     rows = explain(module, None if work.case.block else x).rows
@@ -154,19 +183,19 @@ def _torch_engine(
     work: Work, module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None
 ) -> Engine:
     """A call of ``forward``, or of the module: inference, or a step without the optimizer's."""
-    forward = module if forward is None else forward
+    forward, inputs = module if forward is None else forward, rotation(x)
 
     def infer() -> Tensor:
         with torch.inference_mode():
-            return forward(x)
+            return forward(next(inputs))
 
     def step() -> Tensor:
         module.zero_grad(set_to_none=True)
-        loss = work.loss(forward(x))
+        loss = work.loss(forward(next(inputs)))
         loss.backward()
         return loss.detach()
 
-    return Engine(step if work.case.mode == "train" else infer, module)
+    return Engine(step if work.case.trains else infer, module)
 
 
 def _eager(work: Work) -> Engine:
@@ -184,17 +213,25 @@ def _compile(work: Work) -> Engine:
 
     module, x = _channels_last(work), work.x.contiguous(memory_format=torch.channels_last)
     torch._dynamo.reset()
-    inference = work.case.mode == "infer"
+    inference = not work.case.trains
     inductor.freezing = inference and work.case.device == "cpu"
     inductor.cpp.threads = work.case.threads  # it is compiled in, and part of the cache's key
     mode = "max-autotune" if work.case.device != "cpu" else None
     compiled = torch.compile(module, dynamic=False, mode=mode)
+
+    def forward(x: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(x)
+
     if not inference:
-        return _torch_engine(work, module, x, compiled)
+        engine = _torch_engine(work, module, x, forward)
+        engine.saves = False
+        return engine
+    inputs = rotation(x)
 
     def run() -> Tensor:
         with torch.no_grad():  # freezing does not take inference mode
-            return compiled(x)
+            return forward(next(inputs))
 
     return Engine(run, module)
 
@@ -211,8 +248,8 @@ def _onnxruntime(work: Work) -> Engine:
     options.intra_op_num_threads = work.case.threads
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(work.onnx, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: work.x.contiguous().numpy()}
-    return Engine(lambda: torch.from_numpy(session.run(None, feed)[0]))
+    name, inputs = session.get_inputs()[0].name, rotation(work.x.contiguous())
+    return Engine(lambda: torch.from_numpy(session.run(None, {name: next(inputs).numpy()})[0]))
 
 
 def _openvino(work: Work) -> Engine:
@@ -226,10 +263,11 @@ def _openvino(work: Work) -> Engine:
         "INFERENCE_NUM_THREADS": work.case.threads,
     }
     request = openvino.compile_model(model, "CPU", settings).create_infer_request()
-    array = work.x.float().contiguous().numpy()
+    inputs = rotation(work.x.float().contiguous())
 
     def run() -> Tensor:
-        result = request.infer({0: array}, share_inputs=True, share_outputs=True)
+        arrays = {0: next(inputs).numpy()}
+        result = request.infer(arrays, share_inputs=True, share_outputs=True)
         return torch.from_numpy(result[0])
 
     return Engine(run)

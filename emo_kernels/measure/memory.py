@@ -1,8 +1,8 @@
-"""Peak memory of a forward pass or a training step, measured in a process of its own.
+"""Peak memory of a call, in this process or, for a forward pass alone, in one of its own.
 
 ``python -m emo_kernels.measure.memory REQUEST`` loads a model, runs it and prints megabytes as
 JSON. On Linux the kernel's high-water mark of resident memory is reset after loading, so the number
-is what the call itself adds: feature maps, packed weights, scratch, and gradients in training.
+is what the call itself adds: feature maps, packed weights, scratch.
 Elsewhere it is the peak of the whole process above what was resident before, which loading may
 hide. On a GPU it is torch's allocator's peak.
 """
@@ -18,18 +18,19 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from emo_kernels.cli.pairs import forward_of
 from emo_kernels.models import create_model
 
 _LARGE_BLOCK = 64 * 1024  # bytes
+_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD = -3, 32 * 2**20  # of malloc.h; the largest glibc takes
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -41,7 +42,6 @@ def peak_megabytes(
     *,
     variant: str,
     backend: str | None,
-    training: bool = False,
 ) -> tuple[list[float], str]:
     """Peak megabytes that a call adds, one for each input, and how they were measured.
 
@@ -51,7 +51,6 @@ def peak_megabytes(
         inputs: (N, C, H, W) each; run from the smallest to the largest.
         variant: one of :data:`emo_kernels.cli.pairs.VARIANTS`.
         backend: of the accelerated variant.
-        training: a step, forward and backward, instead of a forward pass.
     """
     order = sorted(range(len(inputs)), key=lambda i: inputs[i].numel())
     request = {
@@ -61,7 +60,6 @@ def peak_megabytes(
         "inputs": [inputs[i] for i in order],
         "variant": variant,
         "backend": backend,
-        "training": training,
         "threads": torch.get_num_threads(),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -77,6 +75,68 @@ def peak_megabytes(
         raise OSError(f"measuring memory in a child process failed: {child.stderr.strip()[-300:]}")
     answer = json.loads(child.stdout)
     return [peak for _, peak in sorted(zip(order, answer["peaks"], strict=True))], answer["method"]
+
+
+def added_megabytes(
+    call: Callable[[], object], module: nn.Module, device: torch.device
+) -> float | None:
+    """Peak megabytes that a warm call adds to what this process holds, gradients included.
+
+    ``None`` where the system does not tell. What a kernel keeps from call to call is not counted.
+
+    On Linux the call is made in a new thread, where malloc begins with nothing left over, and
+    blocks of 64 KB and more are mapped: they count while they are used and no longer.
+    """
+    if device.type == "cuda":
+        module.zero_grad(set_to_none=True)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 2**20
+    with _large_blocks_mapped(), ThreadPoolExecutor(1) as thread:
+        return thread.submit(_added_resident, call, module).result()
+
+
+def _added_resident(call: Callable[[], object], module: nn.Module) -> float | None:
+    call()
+    module.zero_grad(set_to_none=True)
+    _return_free_memory()
+    if not _reset_peak():
+        return None
+    before, _ = _resident()
+    call()
+    return _resident()[1] - before
+
+
+@contextlib.contextmanager
+def _large_blocks_mapped() -> Iterator[None]:
+    """glibc's malloc maps large blocks, and unmaps them when they are freed."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is None:
+        yield
+        return
+    set_option(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+    try:
+        yield
+    finally:
+        set_option(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+
+
+def saved_megabytes(call: Callable[[], object], module: nn.Module) -> float:
+    """Megabytes that autograd keeps of a step's forward pass for backward, weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept.setdefault(storage._cdata, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2**20
 
 
 def _resident() -> tuple[float, float]:
@@ -113,9 +173,10 @@ def _measure(path: str) -> dict[str, Any]:
     request = torch.load(path, weights_only=True)
     torch.set_num_threads(request["threads"])
     model, inputs = _model_and_inputs(request)
-    with torch.inference_mode(not request["training"]):
+    with torch.inference_mode():
         # Libraries load and set themselves up, those of the variant too: a copy leaves nothing.
-        _call_of(request["variant"], copy.deepcopy(model), request)(inputs[0][..., :32, :32])
+        variant, backend = request["variant"], request["backend"]
+        forward_of(variant, copy.deepcopy(model), backend)(inputs[0][..., :32, :32])
         peak: Callable[[], float]
         if inputs[0].device.type == "cuda":
             method = "peak of torch's CUDA allocator above the loaded model"
@@ -129,7 +190,7 @@ def _measure(path: str) -> dict[str, Any]:
                     "peak resident memory of a child process (ru_maxrss) above the loaded model"
                 )
             before, peak = _resident()[0], lambda: _resident()[1]
-        call = _call_of(request["variant"], model, request)
+        call = forward_of(variant, model, backend)
         peaks = []
         for x in inputs:
             for _ in range(2):
@@ -140,27 +201,9 @@ def _measure(path: str) -> dict[str, Any]:
 
 def _model_and_inputs(request: dict[str, Any]) -> tuple[nn.Module, list[Tensor]]:
     inputs: list[Tensor] = request["inputs"]
-    model = create_model(request["name"], **request["settings"]).train(request["training"])
+    model = create_model(request["name"], **request["settings"]).eval()
     model.load_state_dict(request["state"])
-    model.to(inputs[0].device, inputs[0].dtype)
-    if request["training"] and request["variant"] == "accelerated":  # the layout it is timed in
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-    return model, inputs
-
-
-def _call_of(variant: str, model: nn.Module, request: dict[str, Any]) -> Callable[[Tensor], object]:
-    """The forward pass of a variant, or its training step."""
-    forward = forward_of(variant, model, request["backend"])
-    if not request["training"]:
-        return forward
-
-    def step(x: Tensor) -> None:
-        model.zero_grad(set_to_none=True)
-        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        cross_entropy(forward(x), labels).backward()
-
-    return step
+    return model.to(inputs[0].device, inputs[0].dtype), inputs
 
 
 if __name__ == "__main__":

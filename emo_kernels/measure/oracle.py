@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from emo_kernels.cli.files import write_atomically
 from emo_kernels.cli.pairs import compare
 from emo_kernels.measure.case import Work
-from emo_kernels.measure.engines import OURS, Engines
+from emo_kernels.measure.engines import OURS, Engines, short
 
 _PACKAGE = Path(__file__).parents[1]
 _CODE = ("reference", "nn", "models", "spec.py", "measure/case.py", "measure/oracle.py")
@@ -39,7 +39,7 @@ def exact(work: Work) -> Result:
 
 def compute(module: nn.Module, work: Work, x: Tensor) -> Result:
     """The output, or the loss and every gradient."""
-    if work.case.mode != "train":
+    if not work.case.trains:
         with torch.no_grad():
             return {"result": module(x)}
     loss = work.loss(module(x))
@@ -55,6 +55,8 @@ def gradients(module: nn.Module) -> Result:
 def judge(work: Work, engines: Engines) -> dict[str, Verdict]:
     """How far each engine is from the oracle, and whether that is near enough.
 
+    A peer that fails here is dropped from ``engines``.
+
     In inference ours must keep the tolerance rule against plain eager; in training the relative
     error of the loss and of each gradient may be four times eager's, plus 1e-5 in fp32 and
     two roundings in 16 bit. Peers only have to compute the same thing: relative error of the output
@@ -69,16 +71,33 @@ def judge(work: Work, engines: Engines) -> dict[str, Verdict]:
     usual_module = work.copy()
     usual = compute(usual_module, work, work.x.contiguous())
     verdicts: dict[str, Verdict] = {}
-    for name, engine in engines.run.items():
-        out = engine.call().cpu()
+    for name, engine in list(engines.run.items()):
+        try:
+            out = engine.call().cpu()
+        except Exception as error:  # a peer that fails is reported, not fatal
+            if name == OURS:
+                raise
+            engines.drop(name, short(error))
+            continue
         got = {"result": out}
-        if work.case.mode == "train":
+        if work.case.trains:
             assert engine.module is not None
             got |= gradients(engine.module)
             verdicts[name] = _judge_step(got, usual, want, name == OURS)
         else:
             verdicts[name] = _judge_output(out, usual["result"], want["result"], name == OURS)
     return verdicts
+
+
+def in_words(verdict: Verdict) -> str:
+    """How far off it is."""
+    words = f"error {verdict['error']:.1e}"
+    if "allowed" in verdict:
+        words += f", {verdict['allowed']:.1e} is the tolerance rule's"
+    if "gradient" in verdict:
+        words += f", {verdict.get('gradient_error', float('inf')):.1e} in the gradient of "
+        words += str(verdict["gradient"])
+    return words
 
 
 def _judge_output(got: Tensor, usual: Tensor, want: Tensor, ours: bool) -> Verdict:

@@ -32,7 +32,7 @@ def write(path: Path) -> list[Path]:
 def page(data: dict[str, Any], heading: str, pictures: list[str]) -> str:
     """Machine, commits, table, pictures and the reasons of what is absent; nothing is loaded."""
     rows, machine = data["rows"], data.get("machine", {})
-    engines = engines_of(rows)
+    engines, gate = engines_of(rows), any(row.get("gate") for row in rows)
     commits = sorted({row.get("commit", "unknown") for row in rows})
     facts = [f"{name}: {value}" for name, value in machine.items()]
     facts += [f"commits: {', '.join(commits)}", f"rows: {len(rows)}"]
@@ -48,8 +48,8 @@ def page(data: dict[str, Any], heading: str, pictures: list[str]) -> str:
             f"<style>{_STYLE}</style><h1>{_e(heading)}</h1>",
             f"<p>{'<br>'.join(map(_e, facts))}</p>",
             "<p>Medians and (p10) in ms; the ratio to the fastest peer with its 95 % interval.</p>",
-            f"<table><tr>{_line('th', headers(engines))}</tr>",
-            *(f"<tr>{_line('td', cells(row, engines))}</tr>" for row in rows),
+            f"<table><tr>{_line('th', headers(engines, rows))}</tr>",
+            *(f"<tr>{_line('td', cells(row, engines, gate=gate))}</tr>" for row in rows),
             "</table>",
             *(picture[picture.index("<svg") :] for picture in pictures),
             f"<h2>Absent and noisy</h2><ul>{''.join(f'<li>{_e(r)}</li>' for r in remarks)}</ul>",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,16 +23,17 @@ class Results:
 
     Args:
         path: of the file, which need not exist; ``None`` keeps the rows in memory only.
+        fresh: forget the rows that the file holds.
 
     Raises:
         ValueError: the file holds something else.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, fresh: bool = False) -> None:
         self.path = path
         self.rows: list[Row] = []
         self.machine: dict[str, Any] = machine()
-        if path is not None and path.is_file():
+        if path is not None and path.is_file() and not fresh:
             self.rows = read(path)["rows"]
 
     def put(self, row: Row) -> None:
@@ -47,7 +49,11 @@ class Results:
     def save(self) -> None:
         """Write the file, if there is one."""
         if self.path is not None:
-            write_json(self.path, {"machine": self.machine, "rows": self.rows})
+            write_json(self.path, self.data())
+
+    def data(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {"machine": self.machine, "rows": self.rows}
 
     def is_done(self, name: str) -> bool:
         """Whether a complete row of this name, of the same commit, is there."""
@@ -64,8 +70,9 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: it is no such file.
     """
     if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        hint = f"; there are {', '.join(near[:5])}" if near else ""
+        there = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), there, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise FileNotFoundError(f"bench: there is no file {path}{hint}")
     try:
         data: dict[str, Any] = json.loads(path.read_text())
@@ -106,21 +113,48 @@ def share_of_limit(row: Row, engine: str = OURS) -> float | None:
     return row["gflop"] / median * 1e3 / limit if limit and median else None
 
 
+class Change(NamedTuple):
+    """Of one row, from an earlier measurement to a later one; fractions, 0 for no change.
+
+    Attributes:
+        name, commit: the row's, and what the earlier one was measured at.
+        before, after: the ratio to the best peer.
+        ratio, ours: change of that ratio, and of our median.
+        noisy: either measurement was.
+    """
+
+    name: str
+    commit: str
+    before: float
+    after: float
+    ratio: float
+    ours: float
+    noisy: bool
+
+
+def changes(earlier: list[Row], later: list[Row]) -> list[Change]:
+    """Of every row that both have timed."""
+    before, found = {row["name"]: row for row in earlier if "ratio" in row}, []
+    for row in later:
+        old = before.get(row["name"])
+        if old is None or "ratio" not in row:
+            continue
+        ours = milliseconds(row)[OURS] / milliseconds(old)[OURS] - 1
+        ratio = row["ratio"] / old["ratio"] - 1
+        noisy = bool(row.get("noisy") or old.get("noisy"))
+        words = row["name"], str(old.get("commit", "unknown"))
+        found.append(Change(*words, old["ratio"], row["ratio"], ratio, ours, noisy))
+    return found
+
+
 def slower(rows: list[Row], earlier: list[Row], threshold: float) -> list[str]:
     """Rows whose ratio to the best peer fell by more than ``threshold``, in words.
 
     Ratios, not times: the host's mood is the same for both engines of a run.
     """
-    before = {row["name"]: row for row in earlier}
-    found = []
-    for row in rows:
-        old = before.get(row["name"])
-        if old is None or "ratio" not in old or "ratio" not in row:
-            continue
-        change = row["ratio"] / old["ratio"] - 1
-        if change < -threshold:
-            found.append(
-                f"{row['name']}: {row['ratio']:.2f}x over the best peer, was {old['ratio']:.2f}x "
-                f"at {old['commit']} ({100 * change:+.0f} %)"
-            )
-    return found
+    return [
+        f"{change.name}: {change.after:.2f}x over the best peer, was {change.before:.2f}x "
+        f"at {change.commit} ({100 * change.ratio:+.0f} %)"
+        for change in changes(earlier, rows)
+        if change.ratio < -threshold
+    ]

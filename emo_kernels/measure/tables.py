@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Iterable
 
 from emo_kernels.explain import format_table
 from emo_kernels.measure.engines import OURS
-from emo_kernels.measure.results import milliseconds, share_of_limit
+from emo_kernels.measure.results import Change, milliseconds, share_of_limit
 from emo_kernels.measure.row import Row
 
 _TITLES = {OURS: "emo_kernels", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -48,31 +49,46 @@ def _measured(row: Row) -> float | None:
     return found
 
 
-def headers(engines: list[str]) -> list[str]:
+def headers(engines: list[str], rows: list[Row]) -> list[str]:
     """Of :func:`cells`."""
-    return ["case", *map(title, engines), "over the best", "% of GEMM", "gate"]
+    gate = ["gate"] if _gated(rows) else []
+    return ["case", *map(title, engines), "over the best", "% of GEMM", "match", *gate]
 
 
-def cells(row: Row, engines: list[str]) -> list[str]:
-    """One line: medians and p10 in ms, or MB; the ratio with its interval."""
+def _gated(rows: list[Row]) -> bool:
+    return any(row.get("gate") for row in rows)
+
+
+def cells(row: Row, engines: list[str], *, gate: bool) -> list[str]:
+    """One line: medians and p10 in ms, or MB; ratio and interval; whether ours is right."""
     times = milliseconds(row)
     found = []
     for engine in engines:
         entry = row.get("engines", {}).get(engine, {})
         if engine in times:
             found.append(f"{_short(entry['median'])} ({_short(entry['p10'])})")
-        elif "megabytes" in entry:
+        elif row["case"]["mode"] == "memory" and "megabytes" in entry:
             found.append(f"{entry['megabytes']:.0f} MB")
         else:
             found.append("–")
-    share = share_of_limit(row)
+    share, noisy = share_of_limit(row), " (noisy)" if row.get("noisy") else ""
     return [
         row["name"],
         *found,
-        over_the_best(row),
+        over_the_best(row) + noisy,
         "" if share is None else f"{100 * share:.0f}",
-        verdict(row) + (" (noisy)" if row.get("noisy") else ""),
+        match(row),
+        *([verdict(row) if row["status"] == "ok" else ""] if gate else []),
     ]
+
+
+def match(row: Row) -> str:
+    """Whether our result is right and how far from exact; or why there is none."""
+    entry = row.get("engines", {}).get(OURS, {})
+    if "match" not in entry:
+        return "" if row["status"] == "ok" else verdict(row)
+    errors = [entry[name] for name in ("error", "gradient_error") if name in entry]
+    return f"{'yes' if entry['match'] else 'NO'}, {max(errors):.0e}" if errors else "yes"
 
 
 def over_the_best(row: Row) -> str:
@@ -92,11 +108,15 @@ def _short(milliseconds: float) -> str:
 def text(rows: list[Row]) -> str:
     """For a terminal: the table, then what is absent and why."""
     engines = engines_of(rows)
-    lines = [format_table(headers(engines), [cells(row, engines) for row in rows])]
+    gate = _gated(rows)
+    body = [cells(row, engines, gate=gate) for row in rows]
+    lines = [format_table(headers(engines, rows), body), *_memory_lines(rows)]
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for engine, reason in row.get("absent", {}).items():
             reasons.setdefault((engine, reason), []).append(row["name"])
+        if "halved_from" in row:
+            lines.append(f"halved: {row['name']}: batch {row['halved_from']} ran out of memory")
         for complaint in row.get("noisy", ()):
             lines.append(f"noisy: {row['name']}: {complaint}")
     for (engine, reason), names in reasons.items():
@@ -107,11 +127,54 @@ def text(rows: list[Row]) -> str:
 
 def markdown(rows: list[Row]) -> str:
     """For the README."""
-    engines = engines_of(rows)
-    head = headers(engines)
-    lines = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 2)}---|"]
-    lines += [f"| {' | '.join(cells(row, engines))} |" for row in rows]
+    engines, gate = engines_of(rows), _gated(rows)
+    head = headers(engines, rows)
+    words = 1 + gate  # columns at the end that are no numbers
+    lines = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1 - words)}{'---|' * words}"]
+    lines += [f"| {' | '.join(cells(row, engines, gate=gate))} |" for row in rows]
     return "\n".join(lines)
+
+
+def _memory_lines(rows: list[Row]) -> list[str]:
+    """Peak memory of a call of each engine, and in training what it keeps for backward, in MB."""
+    engines = [e for e in engines_of(rows) if any(_megabytes(row, e) != "–" for row in rows)]
+    timed = [row for row in rows if milliseconds(row)]
+    if not engines or not timed:
+        return []
+    head = ("MB at the peak of a call (kept for backward)", *map(title, engines))
+    body = [[row["name"], *(_megabytes(row, engine) for engine in engines)] for row in timed]
+    return ["", format_table(head, body)]
+
+
+def _megabytes(row: Row, engine: str) -> str:
+    entry = row.get("engines", {}).get(engine, {})
+    if entry.get("megabytes") is None or "median" not in entry:
+        return "–"
+    saved = f" ({entry['saved_megabytes']:.1f})" if "saved_megabytes" in entry else ""
+    return f"{entry['megabytes']:.1f}{saved}"
+
+
+def changes_text(changes: list[Change]) -> str:
+    """Two runs side by side, and how far they differ at most."""
+    body = [
+        (
+            change.name,
+            f"{change.before:.3f}×",
+            f"{change.after:.3f}×",
+            f"{100 * change.ratio:+.1f} %",
+            f"{100 * change.ours:+.1f} %",
+            "noisy" if change.noisy else "",
+        )
+        for change in changes
+    ]
+    head = ("case", "earlier", "later", "change of the ratio", "of our time", "")
+    spread = sorted(abs(change.ratio) for change in changes)
+    calm = [abs(change.ratio) for change in changes if not change.noisy]
+    lines = [f"spread of the ratio to the best peer over {len(changes)} rows:"]
+    lines[0] += f" median {100 * statistics.median(spread):.1f} %, largest {100 * spread[-1]:.1f} %"
+    if calm and len(calm) < len(changes):
+        lines.append(f"of the {len(calm)} rows that are not noisy: largest {100 * max(calm):.1f} %")
+    return "\n".join([format_table(head, body), *lines])
 
 
 _COLUMNS = ("samples_per_sec", "step_time", "batch_size", "img_size", "gmacs")
@@ -122,7 +185,8 @@ def as_csv(rows: list[Row]) -> str:
     modes = [mode for mode in ("infer", "train") if any(r["case"]["mode"] == mode for r in rows)]
     names = ["model", "engine", "dtype", "threads", "isa", "block"]
     names += [f"{mode}_{column}" for mode in modes for column in _COLUMNS]
-    names += ["param_count", "p10", "p90", "error", "match", "peak_megabytes", "status"]
+    names += ["param_count", "p10", "p90", "error", "match", "peak_megabytes", "saved_megabytes"]
+    names += ["status"]
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
     writer.writeheader()
@@ -134,7 +198,8 @@ def as_csv(rows: list[Row]) -> str:
             shared["param_count"] = round(row["parameters"] / 1e6, 2)
         for engine, entry in row.get("engines", {}).items():
             line = {"engine": engine, "peak_megabytes": entry.get("megabytes", "")}
-            line |= {name: entry.get(name, "") for name in ("p10", "p90", "error", "match")}
+            kept = ("p10", "p90", "error", "match", "saved_megabytes")
+            line |= {name: entry.get(name, "") for name in kept}
             if "median" in entry:
                 line |= _timm(row, entry["median"])
             writer.writerow(shared | line)

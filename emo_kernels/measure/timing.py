@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -59,6 +63,40 @@ def median_interval(values: list[float], confidence: float = 0.95) -> tuple[floa
     return ordered[cut], ordered[n - 1 - cut]
 
 
+@contextmanager
+def pinned(cores: int) -> Iterator[None]:
+    """Keep every thread of the process on ``cores`` of its processors, the last ones.
+
+    Each a core of its own where there are as many. The first processor serves most interrupts.
+    Nothing happens where the system cannot pin, or has no more processors than that.
+    """
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    if len(allowed) <= cores:
+        yield
+        return
+    _keep_threads_on(set(_spread(sorted(allowed))[-cores:]))
+    try:
+        yield
+    finally:
+        _keep_threads_on(allowed)
+
+
+def _spread(processors: list[int]) -> list[int]:
+    """Second threads of a core first, so that the end of the list has one of each core."""
+    seen: dict[str, int] = {}
+    for processor in reversed(processors):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+        seen.setdefault(siblings.read_text() if siblings.exists() else str(processor), processor)
+    alone = sorted(seen.values())
+    return [p for p in processors if p not in alone] + alone
+
+
+def _keep_threads_on(processors: set[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it ended
+            os.sched_setaffinity(int(thread), processors)
+
+
 def seconds_of(
     call: Callable[[], object], device: torch.device, clock: Clock = time.perf_counter
 ) -> float:
@@ -82,13 +120,15 @@ def take_turns(
     max_rounds: int = 200,
     pause: float = 0.02,
     clock: Clock = time.perf_counter,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every engine in every round, A B C A B C …, so that a busy moment hits all alike.
+    """Seconds of every engine in every round, so that a busy moment hits all alike.
 
-    Each turn begins with a pause, for the threads of the engine before (which spin for a while) to
-    go to sleep, and with a call that is not counted, for caches to fill; then short calls are
-    repeated, and their median is the round's. Ctrl-C ends the last round: what is there is
-    returned.
+    The order rotates, A B C, B C A, …, for what an engine leaves in the caches and in the clock
+    frequency to reach each of the others. Each turn begins with a pause, for the threads of the
+    engine before (which spin for a while) to go to sleep, and with a call that is not counted, for
+    caches to fill; then short calls are repeated, and their median is the round's. Ctrl-C ends the
+    last round: what is there is returned.
 
     Args:
         calls: name -> call without arguments, warmed up.
@@ -98,6 +138,8 @@ def take_turns(
         min_rounds, max_rounds: limits on the number of rounds; past twice ``seconds``, three do.
         pause: seconds.
         clock: seconds that pass.
+        on_failure: hears of an engine that raises, which then takes no more turns and is not in
+            the result; without it the error is the caller's.
     """
     device = device or torch.device("cpu")
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -107,8 +149,16 @@ def take_turns(
             used = clock() - start
             if used >= seconds and (rounds >= min_rounds or (used >= 2 * seconds and rounds >= 3)):
                 break
+            turns = {}
             try:
-                turns = {name: _turn(call, device, pause, clock) for name, call in calls.items()}
+                for name in _rotated(list(taken), rounds):
+                    try:
+                        turns[name] = _turn(calls[name], device, pause, clock)
+                    except Exception as error:
+                        if on_failure is None:
+                            raise
+                        on_failure(name, error)
+                        del taken[name]
             except KeyboardInterrupt:
                 if not rounds:
                     raise
@@ -120,6 +170,11 @@ def take_turns(
                 progress.expect(_rounds_within(seconds, clock() - start, min_rounds, max_rounds))
             progress.advance()
     return taken
+
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    start = by % max(len(names), 1)
+    return names[start:] + names[:start]
 
 
 def _rounds_within(seconds: float, first: float, fewest: int, most: int) -> int:

@@ -1,0 +1,97 @@
+"""One row in a process of its own: its threads, its instruction set, its crash, its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from emo_kernels.cli.files import write_json
+from emo_kernels.measure.case import Case
+from emo_kernels.measure.engines import is_out_of_memory, isa_environment, short
+from emo_kernels.measure.row import Row, measure
+
+# Ctrl-C may come while torch is being imported, too.
+_CHILD = f"""
+import sys
+try:
+    from {__name__} import main
+    main(sys.argv[1:])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def measure_in_child(
+    case: Case,
+    *,
+    peers: Sequence[str],
+    seconds: float,
+    backend: str | None = None,
+    limit: float = 600.0,
+) -> Row:
+    """:func:`measure` in a child process; a crash or more than ``limit`` seconds is a row too.
+
+    Such a row is ``failed``, with its ``error`` and whether it was ``out_of_memory``. After Ctrl-C,
+    which the child gets as well, the row has the rounds there were, and ``interrupted``.
+    """
+    request = {"case": asdict(case), "peers": list(peers), "seconds": seconds, "backend": backend}
+    row: Row = {"name": case.name, "case": asdict(case), "status": "failed", "interrupted": False}
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        write_json(asked, request)
+        threads = {"OMP_NUM_THREADS": str(case.threads)}
+        environment = {**os.environ, **threads, **isa_environment(case.isa)}
+        command = [sys.executable, "-W", "ignore", "-c", _CHILD, str(asked), str(answer)]
+        child = subprocess.Popen(command, env=environment)
+        try:
+            child.wait(limit)
+        except subprocess.TimeoutExpired:
+            row["error"] = f"took more than {limit:.0f} s"
+        except KeyboardInterrupt:
+            row |= {"interrupted": True, "error": "interrupted before anything was timed"}
+            with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                child.wait(30.0)
+        finally:
+            child.kill()
+            status = child.wait()
+        if answer.is_file():
+            row.pop("error", None)
+            row |= json.loads(answer.read_text())
+        elif "error" not in row:
+            row |= _death(status)
+    return row
+
+
+def _death(status: int) -> Row:
+    """What a child that left no answer died of; Linux kills who takes more memory than there is."""
+    if status == -signal.SIGKILL:
+        return {"error": "killed by the system, out of memory most likely", "out_of_memory": True}
+    if status < 0:
+        return {"error": f"its process died of {signal.Signals(-status).name}"}
+    return {"error": f"its process ended with status {status}"}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The child: measure what the one file asks for, write the row or the error to the other."""
+    asked = json.loads(Path(arguments[0]).read_text())
+    try:
+        row = measure(
+            Case.of(asked["case"]),
+            peers=asked["peers"],
+            seconds=asked["seconds"],
+            backend=asked["backend"],
+        )
+    except Exception as error:  # the row says what went wrong
+        row = {"status": "failed", "error": short(error), "out_of_memory": is_out_of_memory(error)}
+        if not isinstance(error, ValueError | NotImplementedError) and not row["out_of_memory"]:
+            traceback.print_exc()
+    write_json(Path(arguments[1]), row)
