@@ -20,6 +20,7 @@ from test_cuda_depthwise import DTYPES, close, moved, on_both, random
 from torch import Tensor
 
 from emo_kernels import _C, cuda, reference
+from emo_kernels.ops import expand_depthwise as ops_expand_depthwise
 from emo_kernels.reference.expand import normalize
 
 
@@ -268,6 +269,26 @@ def test_not_a_number_spreads_as_far_as_the_filter() -> None:
     got, want = call.run(), call.want()
     assert torch.equal(got.isnan(), want.isnan()) and bool(want.isnan().any())
     assert not bool(want[1].isnan().any())
+
+
+@pytest.mark.parametrize("pivot", [False, True], ids=["no_pivot", "pivot"])
+def test_the_torch_ops(pivot: bool) -> None:
+    """Schema and fake, and the reference behind them."""
+    call = Call(shapes.rows("stride_2_8x15_k5")[0], torch.float64)
+    tensors = [t if t is None else t.clone() for t in call.tensors]
+    around = random(tensors[1].shape[:1], torch.float32, 3) if pivot else None
+    options = (*call.options.values(), "reference")
+    y = ops_expand_depthwise.forward(*tensors, *options)
+    assert torch.equal(y, call.eager())
+    with_sums = ops_expand_depthwise.statistics(*tensors, around, *options)
+    want = reference.expand_depthwise_statistics(*tensors, around, **call.options)
+    assert all(torch.equal(a, b) for a, b in zip(with_sums, want, strict=True))
+    tests = ("test_schema", "test_faketensor")
+    for op, arguments in (
+        (ops_expand_depthwise.forward, (*tensors, *options)),
+        (ops_expand_depthwise.statistics, (*tensors, around, *options)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=tests)
 
 
 # ------------------------------------------------------------------------------------------ limits

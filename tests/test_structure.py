@@ -141,7 +141,7 @@ def test_one_stem_names_every_file_of_an_operator(operator: str) -> None:
 
 
 # What a training step of the whole block needs beside the operators.
-PIECES = {"batch_norm", "squeeze"}
+PIECES = {"batch_norm", "expand_depthwise", "squeeze"}
 _ROLES = "(_unsupported|_backward|_bind|_statistics|_training|_sums|_finalize)+$"
 
 

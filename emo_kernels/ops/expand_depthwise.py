@@ -1,0 +1,45 @@
+"""Expansion and depthwise convolution in one kernel: torch ops over the backends that have one.
+
+Semantics: :mod:`emo_kernels.reference.expand_depthwise`. A block's training step takes them where
+nobody else wants the map between the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emo_kernels.ops.registration import define_kernel, empty_map
+from emo_kernels.spec import conv_output_size
+
+_TENSORS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor dw_weight"
+)
+_OPTIONS = "str act, int stride, int padding"
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, *rest: Any, act: str, stride: int, padding: int
+) -> Tensor:
+    n, _, h, w = x.shape
+    k = rest[3].shape[-1]
+    sides = (conv_output_size(side, k, stride, padding, 1) for side in (h, w))
+    return empty_map(x, (n, weight.shape[0], *sides))
+
+
+def _statistics(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    y = _convolved(x, weight, *rest, **options)
+    return y, x.new_empty((2, weight.shape[0]), dtype=torch.float64)
+
+
+forward = define_kernel("expand_depthwise", _TENSORS, _OPTIONS, "Tensor", _convolved)
+statistics = define_kernel(
+    "expand_depthwise_statistics",
+    f"{_TENSORS}, Tensor? pivot",
+    _OPTIONS,
+    "(Tensor, Tensor)",
+    _statistics,
+)
