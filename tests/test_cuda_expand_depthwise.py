@@ -275,7 +275,8 @@ def test_not_a_number_spreads_as_far_as_the_filter() -> None:
 def test_the_torch_ops(pivot: bool) -> None:
     """Schema and fake, and the reference behind them."""
     call = Call(shapes.rows("stride_2_8x15_k5")[0], torch.float64)
-    tensors = [t if t is None else t.clone() for t in call.tensors]
+    tensors = call.tensors
+    tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
     around = random(tensors[1].shape[:1], torch.float32, 3) if pivot else None
     options = (*call.options.values(), "reference")
     y = ops_expand_depthwise.forward(*tensors, *options)
