@@ -6,7 +6,8 @@ arguments) says why a call is outside its limits, ``<operator>_backward`` is its
 ``<operator>_bind`` settles a call that eager inference will repeat, for as long as the conditions
 hold; what a namespace lacks, it does not support. A whole block may be composed in ``ops`` of a
 namespace's other kernels, which declares that by ``irmb_unsupported`` and
-``irmb_training_unsupported`` alone. A backend is chosen once, at the top of a call, and travels
+``irmb_training_unsupported`` alone; the kernels that such a block still lacks are those of the
+backend that the table names beside it. A backend is chosen once, at the top of a call, and travels
 down as a string; one asked for by name is obeyed or raises, only ``None`` may choose.
 """
 
@@ -84,11 +85,14 @@ class _Backend(NamedTuple):
     unmet_need: Callable[[], str | None]
     interpreted: bool = False  # in its interpreter it takes CPU tensors, where asked for by name
     unproven: Callable[[], str | None] = lambda: None  # why it works, but only if asked for by name
+    completed_by: str | None = None  # whose kernels a composed block takes where it has none
 
 
 # In order of preference: the first that supports a call runs it.
 _TABLE: dict[str, _Backend] = {
-    "cuda": _Backend(("cuda",), _no_cuda_kernels, unproven=_cuda_kernels_unproven),
+    "cuda": _Backend(
+        ("cuda",), _no_cuda_kernels, unproven=_cuda_kernels_unproven, completed_by="triton"
+    ),
     "triton": _Backend(("cuda",), _no_triton, interpreted=True),
     "cpu": _Backend(("cpu",), _compiled_module_missing),
     "reference": _Backend((), lambda: None),
@@ -148,8 +152,21 @@ def composes(name: str, operator: str) -> bool:
     return has(name, operator) and not _is_function(_namespaces[name], operator)
 
 
+@constant_under_compile
+def provides(name: str, operator: str) -> bool:
+    """Whether a block composed of backend ``name`` has ``operator``, be it another's."""
+    other = _TABLE[name].completed_by
+    return has(name, operator) or (other is not None and has(other, operator))
+
+
 def function(name: str, operator: str) -> Callable[..., Any]:
-    """``operator`` of backend ``name``; both exist and work here, or the reason is raised."""
+    """``operator`` of backend ``name``; both exist and work here, or the reason is raised.
+
+    What a block composed of its kernels lacks comes from the backend that completes it.
+    """
+    other = _TABLE[check_name(name)].completed_by
+    if other is not None and unavailable(name) is None and not has(name, operator):
+        return function(other, operator)
     if unavailable(check_name(name)) is not None or not has(name, operator):
         reason = unavailable(name) or f"{name} has no {operator} kernel"
         raise NotImplementedError(f"{operator}: backend {name!r} cannot run it: {reason}")
@@ -217,6 +234,11 @@ def why_not(name: str, operator: str, device: str, *args: Any, **options: Any) -
         return f"runs on {' or '.join(devices)} tensors, got {device}"
     if not has(name, operator):
         return f"{name} has no {operator} kernel"
+    other = _TABLE[name].completed_by
+    if other is not None and composes(name, operator):
+        reason = why_not(other, operator, device, *args, **options)
+        if reason is not None:
+            return f"{name} takes {other} for the rest of a block: {reason}"
     if not has(name, f"{operator}_unsupported"):
         return None
     return function(name, f"{operator}_unsupported")(*args, **options)

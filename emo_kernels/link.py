@@ -54,7 +54,7 @@ class Link:
         following = None if self._next_norm is None else self._next_norm()
         if following is None or not following.training:
             return ALONE._replace(sums=sums)
-        emits = backends.has(plan.backend, "shrink_statistics")
+        emits = backends.provides(plan.backend, "shrink_statistics")
         pivot = following.running_mean if following.track_running_stats else None
         return Neighbours(sums, emits, pivot)
 

@@ -55,6 +55,11 @@ FEW = shapes.rows(
 )
 
 
+def expansion(act: str) -> dict[str, Any]:
+    """Options of a call, but for the convolution's step."""
+    return {"norm": "affine", "eps": 1e-6, "act": act, "groups": 1, "dilation": 1}
+
+
 class Call:
     """The row's call, rounded to a dtype: tensors in order and options."""
 
@@ -67,7 +72,7 @@ class Call:
         names = ("x", "weight", "bias", "norm_weight", "norm_bias", "dw_weight")
         rounded = round_all({name: tensors.get(name) for name in names}, dtype)
         self.tensors = [rounded[name] for name in names]
-        self.options = {"act": row.act, "stride": row.stride, "padding": row.padding}
+        self.options = expansion(row.act) | {"stride": row.stride, "padding": row.padding}
 
     def run(self, device: str = "cpu") -> Tensor:
         return cuda.expand_depthwise(*moved(device, *self.tensors), **self.options)
@@ -80,7 +85,7 @@ class Call:
         return reference.expand_depthwise(*self.tensors, **self.options)
 
 
-def oracle_of(tensors: list[Any], *, act: str, stride: int, padding: int) -> Tensor:
+def oracle_of(tensors: list[Any], *, act: str, stride: int, padding: int, **_: Any) -> Tensor:
     e = oracle.expand(*tensors[:5], norm="affine", act=act)
     return oracle.depthwise_conv2d(e, tensors[5], stride=stride, padding=padding)
 
@@ -112,8 +117,7 @@ def test_output(device: str, row: Row, dtype: str) -> None:
 
 
 def unsupported(call: Call, **changed: Any) -> str | None:
-    options = {"norm": "affine", **call.options, "dilation": 1, **changed}
-    return cuda.expand_depthwise_unsupported(*call.tensors, **options)
+    return cuda.expand_depthwise_unsupported(*call.tensors, **{**call.options, **changed})
 
 
 @on_both
@@ -158,7 +162,7 @@ def test_whole_numbers_are_exact(device: str, dtype: str, k: int, stride: int) -
     bias, filters = whole((74,), kind, 3, 3), whole((74, 1, k, k), kind, 4, 3)
     scale, shift = whole((24,), kind, 5, 2), whole((24,), kind, 6, 1)
     tensors = (x, weight, bias, scale, shift, filters)
-    options = {"act": "relu", "stride": stride, "padding": k // 2}
+    options = expansion("relu") | {"stride": stride, "padding": k // 2}
     e = oracle.expand(*(t.double() for t in tensors[:5]), norm="affine", act="relu")
     assert float(e.max()) <= 256  # which every dtype holds
     want = oracle_of([t.double() for t in tensors], **options)
@@ -187,7 +191,7 @@ def test_pieces_of_a_map(device: str, shape: tuple[int, ...], m: int, k: int, st
     parameters = [(m, c, 1, 1), (m,), (c,), (c,), (m, 1, k, k)]
     tensors = [random(shape, kind, 1)]
     tensors += [random(part, kind, i) * 0.3 for i, part in enumerate(parameters)]
-    options = {"act": "silu", "stride": stride, "padding": k // 2}
+    options = expansion("silu") | {"stride": stride, "padding": k // 2}
     y, sums = cuda.expand_depthwise_statistics(*moved(device, *tensors, None), **options)
     want = oracle_of([t.double() for t in tensors], **options)
     close(y, want, reference.expand_depthwise(*tensors, **options), kind, "y")
@@ -278,7 +282,8 @@ def test_the_torch_ops(pivot: bool) -> None:
     tensors = call.tensors
     tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
     around = random(tensors[1].shape[:1], torch.float32, 3) if pivot else None
-    options = (*call.options.values(), "reference")
+    order = ("norm", "eps", "act", "groups", "stride", "padding", "dilation")
+    options = (*(call.options[name] for name in order), "reference")
     y = ops_expand_depthwise.forward(*tensors, *options)
     assert torch.equal(y, call.eager())
     with_sums = ops_expand_depthwise.statistics(*tensors, around, *options)
@@ -308,18 +313,16 @@ def test_what_the_kernel_does_not_take() -> None:
     )
     x, weight, bias, *norm, filters = call.tensors
     odd = [x, weight[:31], bias, *norm, filters[:31]]
-    reason = cuda.expand_depthwise_unsupported(*odd, norm="none", dilation=1, **call.options)
+    reason = cuda.expand_depthwise_unsupported(*odd, **call.options)
     assert reason == f"{one} an even number of expanded channels, got 31"
     seven = [x, weight, bias, *norm, filters.new_empty(*filters.shape[:2], 7, 7)]
-    reason = cuda.expand_depthwise_unsupported(*seven, norm="none", dilation=1, **call.options)
+    reason = cuda.expand_depthwise_unsupported(*seven, **call.options)
     assert reason == f"{one} a convolution of 3 or 5 taps, got 7"
     double = [None if t is None else t.double() for t in call.tensors]
-    reason = cuda.expand_depthwise_unsupported(*double, norm="none", dilation=1, **call.options)
+    reason = cuda.expand_depthwise_unsupported(*double, **call.options)
     assert reason == "the CUDA kernels take float32, float16 and bfloat16, got torch.float64"
     wide = [x.new_empty(1, 4096, 9, 9), weight.new_empty(8, 4096, 1, 1), None, None, None]
-    reason = cuda.expand_depthwise_unsupported(
-        *wide, filters[:8], norm="none", dilation=1, **call.options
-    )
+    reason = cuda.expand_depthwise_unsupported(*wide, filters[:8], **call.options)
     assert reason == "4096 channels of torch.float32 do not fit into shared memory"
 
 

@@ -11,6 +11,7 @@ from emo_kernels.cuda.expand_depthwise import (
     expand_depthwise_statistics,
     expand_depthwise_unsupported,
 )
+from emo_kernels.cuda.irmb_training import irmb_training_unsupported
 
 __all__ = [
     "depthwise_conv2d",
@@ -20,4 +21,5 @@ __all__ = [
     "expand_depthwise",
     "expand_depthwise_statistics",
     "expand_depthwise_unsupported",
+    "irmb_training_unsupported",
 ]

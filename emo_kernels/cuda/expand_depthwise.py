@@ -33,13 +33,14 @@ def expand_depthwise_unsupported(
     pivot: Tensor | None = None,
     *,
     norm: str,
+    eps: float,
     act: str,
-    groups: int = 1,
+    groups: int,
     stride: int,
     padding: int,
     dilation: int,
 ) -> str | None:
-    """Why the kernel cannot run the call, or ``None`` if it can."""
+    """Why the kernel cannot run the call, or ``None`` if it can; ``pivot`` is that of the sums."""
     step = {"stride": stride, "padding": padding, "dilation": dilation}
     reason = depthwise_conv2d_unsupported(x, dw_weight, **step)
     if reason is not None:
@@ -74,15 +75,17 @@ def _forward(
     pivot: Tensor | None,
     sums: Tensor | None,
     act: str,
-    step: tuple[int, int],
+    stride: int,
+    padding: int,
 ) -> Tensor:
     n, _, h, w = x.shape
     m, k = weight.shape[0], dw_weight.shape[-1]
-    y = layout.new_map(x, n, m, *(conv_output_size(side, k, *step, 1) for side in (h, w)))
+    y = layout.new_map(x, n, m, *(conv_output_size(s, k, stride, padding, 1) for s in (h, w)))
     if y.numel() == 0:
         if sums is not None:
             sums.zero_()
         return y
+    sizes = _sizes(x, weight, dw_weight, act, stride, padding)
     x = layout.pixels(x)
     vectors = (norm_weight, norm_bias, weight, bias, dw_weight, pivot)
     rows = [None if vector is None else vector.contiguous() for vector in vectors]
@@ -98,7 +101,7 @@ def _forward(
         _C.cuda_expand_depthwise_walk,
         x,
         pointers,
-        _sizes(x.permute(0, 3, 1, 2), weight, dw_weight, act, *step),
+        sizes,
     )
     return y
 
@@ -111,13 +114,17 @@ def expand_depthwise(
     norm_bias: Tensor | None,
     dw_weight: Tensor,
     *,
+    norm: str,
+    eps: float,
     act: str,
+    groups: int,
     stride: int,
     padding: int,
+    dilation: int,
 ) -> Tensor:
-    """The depthwise convolution of act(W n + b), n = norm_weight[c] x + norm_bias[c]."""
+    """The depthwise convolution of act(W norm(x) + b), within the limits of the kernel."""
     tensors = (x, weight, bias, norm_weight, norm_bias, dw_weight)
-    return _forward(*tensors, None, None, act, (stride, padding))
+    return _forward(*tensors, None, None, act, stride, padding)
 
 
 def expand_depthwise_statistics(
@@ -129,11 +136,15 @@ def expand_depthwise_statistics(
     dw_weight: Tensor,
     pivot: Tensor | None,
     *,
+    norm: str,
+    eps: float,
     act: str,
+    groups: int,
     stride: int,
     padding: int,
+    dilation: int,
 ) -> tuple[Tensor, Tensor]:
     """:func:`expand_depthwise` and, from the same pass, its (2, M) float64 sums about the pivot."""
     sums = torch.empty((2, weight.shape[0]), dtype=torch.float64, device=x.device)
     tensors = (x, weight, bias, norm_weight, norm_bias, dw_weight)
-    return _forward(*tensors, pivot, sums, act, (stride, padding)), sums
+    return _forward(*tensors, pivot, sums, act, stride, padding), sums

@@ -18,16 +18,21 @@ _TENSORS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor dw_weight"
 )
-_OPTIONS = "str act, int stride, int padding"
+_OPTIONS = "str norm, float eps, str act, int groups, int stride, int padding, int dilation"
 
 
 def _convolved(
-    x: Tensor, weight: Tensor, *rest: Any, act: str, stride: int, padding: int
+    x: Tensor,
+    weight: Tensor,
+    *rest: Any,
+    stride: int,
+    padding: int,
+    dilation: int,
+    **_: Any,
 ) -> Tensor:
-    n, _, h, w = x.shape
-    k = rest[3].shape[-1]
-    sides = (conv_output_size(side, k, stride, padding, 1) for side in (h, w))
-    return empty_map(x, (n, weight.shape[0], *sides))
+    n, _c, h, w = x.shape
+    step = (rest[3].shape[-1], stride, padding, dilation)
+    return empty_map(x, (n, weight.shape[0], *(conv_output_size(side, *step) for side in (h, w))))
 
 
 def _statistics(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ from emo_kernels.ops.depthwise_conv2d import forward as depthwise_conv2d_forward
 from emo_kernels.ops.depthwise_conv2d import statistics as depthwise_conv2d_statistics
 from emo_kernels.ops.expand import backward as expand_backward
 from emo_kernels.ops.expand import forward as expand_forward
+from emo_kernels.ops.expand_depthwise import forward as expand_depthwise_forward
+from emo_kernels.ops.expand_depthwise import statistics as expand_depthwise_statistics
 from emo_kernels.ops.shrink import backward as shrink_backward
 from emo_kernels.ops.shrink import forward as shrink_forward
 from emo_kernels.ops.shrink import statistics as shrink_statistics
@@ -70,7 +72,7 @@ class Maps(NamedTuple):
     """What the backward pass needs of the forward pass, besides x and the weights."""
 
     s: Tensor  # (N, C, H, W) behind the attention; x without
-    e: Tensor  # (N, M, H, W) expanded; s without expansion
+    e: Tensor | None  # (N, M, H, W) expanded; None: s without expansion, else to be computed again
     y: Tensor  # (N, M, H', W') behind the convolution
     norm: Statistics | None
     bn: Statistics
@@ -90,7 +92,7 @@ class Step:
         self.expands = weights.v_weight is not None and not self.attends_over_v
         self.conv = (spec.stride, spec.padding, spec.dilation, plan.backend)
         # What the local skip sends back is a map, or recomputed by the expansion's gradient.
-        keeps = not self.expands or backends.has(plan.backend, "keeps_local_gradient")
+        keeps = not self.expands or backends.provides(plan.backend, "keeps_local_gradient")
         self.writes_local = spec.skip and keeps
         assert weights.proj_weight is not None
         self.proj = weights.proj_weight
@@ -107,13 +109,11 @@ class Step:
         if spec.norm == "batch":
             norm = self._normalize_input(x, known.sums)
         s = self._attend(x, norm)
-        e = self._expand(s, norm)
+        e, y, sums = self._convolve(s, norm)
         parameters = (w.bn_weight, w.bn_bias, w.bn_mean, w.bn_var)
-        if plan.bn.batch_statistics:
-            y, sums = depthwise_conv2d_statistics(e, w.dw_weight, w.bn_mean, *self.conv)
+        if sums is not None:
             bn = batch_norm.measured(sums, y, parameters, spec.bn_eps, plan.bn, self.backend)
         else:
-            y = depthwise_conv2d_forward(e, w.dw_weight, *self.conv)
             bn = batch_norm.known(y, parameters, spec.bn_eps)
         scale, shift = bn.affine[0], bn.affine[1]
         means = gate = None
@@ -123,7 +123,7 @@ class Step:
         local = e if spec.skip else None
         residual = x if spec.skip and plan.adds_residual else None
         tensors = (y, self.proj, scale, shift, local, residual, gate, self.drop_scale)
-        maps = Maps(s, e, y, norm, bn, means)
+        maps = Maps(s, None if e is s else e, y, norm, bn, means)
         if known.next_sums:
             return *shrink_statistics(*tensors, known.next_pivot, self.backend), maps
         return shrink_forward(*tensors, self.backend), None, maps
@@ -175,6 +175,34 @@ class Step:
         tensors, options = self._expand_arguments(norm)
         return expand_forward(s, *tensors, *options)
 
+    def _convolve(
+        self, s: Tensor, norm: Statistics | None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """(e, y, sums of y where a batch norm wants them); e is None where one kernel skips it."""
+        dw_weight, pivot = self.weights.dw_weight, self.weights.bn_mean
+        counts = self.plan.bn.batch_statistics
+        if self._skips_e(s, norm):
+            tensors, options = self._expand_arguments(norm)
+            both = (*options[:-1], *self.conv)
+            if counts:
+                return None, *expand_depthwise_statistics(s, *tensors, dw_weight, pivot, *both)
+            return None, expand_depthwise_forward(s, *tensors, dw_weight, *both), None
+        e = self._expand(s, norm)
+        if counts:
+            return e, *depthwise_conv2d_statistics(e, dw_weight, pivot, *self.conv)
+        return e, depthwise_conv2d_forward(e, dw_weight, *self.conv), None
+
+    def _skips_e(self, s: Tensor, norm: Statistics | None) -> bool:
+        """Whether one kernel expands and convolves, and nothing else wants e in this pass."""
+        operator, spec = "expand_depthwise", self.spec
+        if not self.expands or spec.skip or not backends.has(self.backend, operator):
+            return False
+        tensors, (kind, eps, act, groups, _) = self._expand_arguments(norm)
+        options = {"norm": kind, "eps": eps, "act": act, "groups": groups}
+        options |= {"stride": spec.stride, "padding": spec.padding, "dilation": spec.dilation}
+        call = (s, *tensors, self.weights.dw_weight)
+        return backends.why_not(self.backend, operator, s.device.type, *call, **options) is None
+
     def _excite(self, means: Tensor, w: IRMBWeights) -> Tensor:
         """gate = sigmoid(W2 act(W1 means + b1) + b2), (N, M).
 
@@ -196,6 +224,8 @@ class Step:
     ) -> dict[str, Tensor | None]:
         """Gradients by name: ``x``, ``drop_scale`` and the weights'; those that ``wants`` names."""
         spec, norm = self.spec, maps.norm
+        if maps.e is None:
+            maps = maps._replace(e=self._expand(maps.s, norm))
         grads: dict[str, Any] = {}
         dz, local_grad = self._shrink_backward(grad, maps, wants, grads)
         residual = grad if spec.skip and self.plan.adds_residual else None

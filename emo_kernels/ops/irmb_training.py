@@ -39,9 +39,8 @@ class _Block(torch.autograd.Function):
             ctx.mark_non_differentiable(sums)
         ctx.pixels = [s and s.pixels for s in (maps.norm, maps.bn)]
         statistics = [(None, None) if s is None else s[::2] for s in (maps.norm, maps.bn)]
-        s, e = (None if t is x else t for t in (maps.s, maps.e))
-        e = None if maps.e is maps.s else e
-        kept = (x, s, e, maps.y, maps.means, *statistics[0], *statistics[1], drop_scale)
+        s = None if maps.s is x else maps.s
+        kept = (x, s, maps.e, maps.y, maps.means, *statistics[0], *statistics[1], drop_scale)
         ctx.save_for_backward(*kept, *_unmoved(plan, step.weights))
         return out, sums
 
@@ -56,7 +55,7 @@ class _Block(torch.autograd.Function):
         s = x if s is None else s
         norm = None if norm_affine is None else Statistics(norm_affine, ctx.pixels[0], norm_total)
         bn = Statistics(affine, ctx.pixels[1], total)
-        maps = Maps(s, s if e is None else e, y, norm, bn, means)
+        maps = Maps(s, e, y, norm, bn, means)
         names = ("x", "drop_scale", *IRMBWeights._fields)
         inputs = (x, drop_scale, *weights)
         needed = ctx.needs_input_grad[2:]

@@ -17,20 +17,21 @@ def expand_depthwise(
     norm_bias: Tensor | None,
     dw_weight: Tensor,
     *,
+    norm: str,
+    eps: float,
     act: str,
+    groups: int,
     stride: int,
     padding: int,
+    dilation: int,
 ) -> Tensor:
-    """The convolution of e = act(W n + b), n = norm_weight[c] x + norm_bias[c], zeros around e.
+    """The depthwise convolution of e = act(W norm(x) + b), zeros around e.
 
     Args:
         x: (N, C, H, W).
-        weight: (M, C, 1, 1).
-        bias: (M,).
-        norm_weight, norm_bias: (C,); absent: 1 and 0.
+        weight, bias, norm_weight, norm_bias, norm, eps, act, groups: of :func:`expand`.
         dw_weight: (M, 1, K, K).
-        act: ``none``, ``relu``, ``gelu``, ``silu``.
-        stride, padding: of the convolution.
+        stride, padding, dilation: of the convolution.
 
     Returns:
         (N, M, H', W').
@@ -39,11 +40,14 @@ def expand_depthwise(
         >>> import torch
         >>> x, weight, dw_weight = (torch.ones(1, c, 3, 3) for c in (2, 2, 1))
         >>> tensors = (x, weight[:, :, :1, :1], None, None, None, dw_weight)
-        >>> expand_depthwise(*tensors, act="relu", stride=1, padding=1)[0, 0, 1, 1]
+        >>> expansion = {"norm": "none", "eps": 1e-6, "act": "relu", "groups": 1}
+        >>> y = expand_depthwise(*tensors, **expansion, stride=1, padding=1, dilation=1)
+        >>> y[0, 0, 1, 1]
         tensor(18.)
     """
-    e = expand(x, weight, bias, norm_weight, norm_bias, norm="affine", act=act)
-    return depthwise_conv2d(e, dw_weight, stride=stride, padding=padding)
+    tensors = (x, weight, bias, norm_weight, norm_bias)
+    e = expand(*tensors, norm=norm, eps=eps, act=act, groups=groups)
+    return depthwise_conv2d(e, dw_weight, stride=stride, padding=padding, dilation=dilation)
 
 
 def expand_depthwise_statistics(
@@ -55,11 +59,24 @@ def expand_depthwise_statistics(
     dw_weight: Tensor,
     pivot: Tensor | None,
     *,
+    norm: str,
+    eps: float,
     act: str,
+    groups: int,
     stride: int,
     padding: int,
+    dilation: int,
 ) -> tuple[Tensor, Tensor]:
     """:func:`expand_depthwise` and its batch-norm sums, ``batch_norm_sums(y, pivot)``."""
     tensors = (x, weight, bias, norm_weight, norm_bias, dw_weight)
-    y = expand_depthwise(*tensors, act=act, stride=stride, padding=padding)
+    y = expand_depthwise(
+        *tensors,
+        norm=norm,
+        eps=eps,
+        act=act,
+        groups=groups,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+    )
     return y, batch_norm_sums(y, pivot)
