@@ -30,6 +30,7 @@ from emo_kernels.measure.case import Case
 from emo_kernels.measure.charts import draw_all
 from emo_kernels.measure.child import measure_in_child
 from emo_kernels.measure.engines import check_peers
+from emo_kernels.measure.growth import growth_cases
 from emo_kernels.measure.results import Results
 from emo_kernels.measure.row import Row
 from emo_kernels.measure.tables import text, verdict
@@ -73,10 +74,10 @@ def blocks() -> list[Gate]:
 
 
 def growth() -> list[Gate]:
-    """How cost grows with the batch and the resolution."""
-    rows = [Gate(Case("emo_5m", batch=b, threads=2)) for b in (2, 4, 8, 32, 64)]
-    sizes = (96, 160, 320, 512, 800, 1280)
-    return rows + [Gate(Case("emo_5m", size=(s, s), threads=2)) for s in sizes]
+    """How cost grows with the batch and the resolution; what is in a table of gates is not here."""
+    known = {row.case.name for row in (*gates(2), *gates(1))}
+    cases = growth_cases(Case("emo_5m", threads=2))
+    return [Gate(case) for case in cases if case.name not in known]
 
 
 def everything() -> list[Gate]:

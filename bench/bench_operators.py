@@ -22,21 +22,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from emo_kernels import backends, ops, reference
 
-ROWS = {row.name: row for row in shapes.TABLE if row.name.startswith("5m_stage")}
+ROWS = {row.name: row for row in (*shapes.TABLE, *shapes.stem_rows())}
 LAYERS = [f"5m_stage{stage}" for stage in (1, 2, 3, 4)]
 MAPS = ("x", "y", "local", "residual")
 
 
 def _cases() -> list[Any]:
-    """(operator, layer, backend, way): what a layer has and a backend computes with kernels."""
+    """(operator, layer, backend, way): what a layer has and the cpu computes with kernels."""
     found = []
     for stem in STEMS:
-        for layer in LAYERS:
+        ways = ["forward"]
+        if backends.has("cpu", f"{stem}_backward"):
+            ways.append("backward")
+        for layer in ["stem_224"] if stem == "conv_norm_act" else LAYERS:
             if stem == "window_attention" and not ROWS[layer].head_dim:
                 continue
-            for backend in ("reference", "cpu"):
-                ways = ["forward"] if stem == "irmb" else ["forward", "backward"]
-                found += [(stem, layer, backend, way) for way in ways]
+            found += [(stem, layer, b, way) for b in ("reference", "cpu") for way in ways]
     return found
 
 

@@ -40,13 +40,15 @@ def rates(benchmark: Any, limits: dict[str, Any]) -> Any:
         benchmark.extra_info |= {"flops": flops, "bytes": moved, "max_error": error}
         if benchmark.stats is None:  # --benchmark-disable
             return
+        compute, stream = limits["matmul_gflops"][dtype], limits["stream_gigabytes"]["triad"]
+        benchmark.extra_info |= {"matmul_gflops": compute, "triad_gigabytes": stream}
         median = benchmark.stats.stats.median
         gflops, gigabytes = 1e-9 * flops / median, 1e-9 * moved / median
         benchmark.extra_info |= {
             "gflops": round(gflops, 2),
-            "percent_of_matmul": round(100 * gflops / limits["matmul_gflops"][dtype], 1),
+            "percent_of_matmul": round(100 * gflops / compute, 1),
             "gigabytes_per_second": round(gigabytes, 2),
-            "percent_of_triad": round(100 * gigabytes / limits["stream_gigabytes"]["triad"], 1),
+            "percent_of_triad": round(100 * gigabytes / stream, 1),
         }
 
     return add

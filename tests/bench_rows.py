@@ -1,4 +1,4 @@
-"""Rows of a benchmark's result file that were never measured."""
+"""Rows of a benchmark's result file that were never measured, and a clock of one's own."""
 
 from __future__ import annotations
 
@@ -52,3 +52,22 @@ def made_up(case: Case, ours: float = 10.0, peer: float = 20.0, **more: Any) -> 
         "wall_seconds": 1.0,
     }
     return found | row._summary(found, case) | more
+
+
+class Clock:
+    """Seconds that pass only where a call says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, *seconds: float) -> Any:
+        """A call that takes these times in turn, the last for ever."""
+        left = list(seconds)
+
+        def call() -> None:
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return call

@@ -110,6 +110,23 @@ def test_quick_needs_no_model(measured: list[Case]) -> None:
     assert [(c.model, c.mode) for c in measured] == [("emo_5m", "infer")]
 
 
+def test_growth_is_a_row_for_every_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measure(case: Case, **options: Any) -> row.Row:
+        asked.append((case, options["peers"], options["seconds"]))
+        return made_up(case)
+
+    monkeypatch.setattr(bench, "measure_in_child", measure)
+    assert main(["bench", "emo_1m", "--grow", "--threads", "1"]) == 0
+    assert {case.batch for case, *_ in asked} == {1, 2, 4, 8, 16, 32, 64}
+    assert {case.size[0] for case, *_ in asked} == {96, 160, 224, 320, 512, 800, 1280}
+    assert {tuple(rest) for _, *rest in asked} == {(("eager channels_last", "openvino"), 2.0)}
+    asked.clear()
+    assert main(["bench", "emo_1m", "--grow", "--seconds", "1", "--peers", "eager"]) == 0
+    assert {tuple(rest) for _, *rest in asked} == {(("eager",), 1.0)}
+
+
 # ------------------------------------------------------------------------------- what goes wrong
 
 

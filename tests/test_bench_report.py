@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,23 @@ def test_the_page_holds_everything(tmp_path: Path) -> None:
     assert "<link" not in page
 
 
+def test_a_suite_becomes_a_roofline(tmp_path: Path) -> None:
+    """Of pytest-benchmark's own file, where each operator of ours has its share of the roof."""
+    found = []
+    for backend, gflops in (("cpu", 100.0), ("reference", 20.0)):
+        asked = {"stem": "expand", "layer": "5m_stage2", "backend": backend, "way": "backward"}
+        extra = {"flops": 4e6, "bytes": 1e6, "gflops": gflops}  # 4 FLOPs a byte: the stream's side
+        extra |= {"matmul_gflops": 400.0, "triad_gigabytes": 50.0}
+        found.append({"params": asked, "extra_info": extra})
+    path = tmp_path / "suite.json"
+    path.write_text(json.dumps({"benchmarks": found}))
+    written = report.write(path)
+    assert [p.name for p in written] == ["suite_roofline.png", "suite_roofline.svg"]
+    assert "expand 2 backward, 50 %" in written[1].read_text()
+    path.write_text('{"benchmarks": []}')
+    assert report.write(path) == []
+
+
 # --------------------------------------------------------------------------------------- the README
 
 
@@ -98,7 +116,7 @@ def test_readme_and_results_agree() -> None:
 
 def test_a_readme_that_was_typed_would_be_found(tmp_path: Path) -> None:
     text = (readme.ROOT / "README.md").read_text()
-    sections = [readme.section(path) for path in sorted(readme.RESULTS.glob("cpu_*.json"))]
+    sections = readme.sections()
     assert readme.rewritten(text, sections) == text
     figure = sections[0].split("×")[0].split()[-1]
     assert readme.rewritten(text.replace(f"{figure}×", "9.99×"), sections) == text

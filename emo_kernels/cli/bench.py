@@ -5,12 +5,14 @@
     emo-kernels bench plot out.json
 
     emo-kernels bench --quick
+    emo-kernels bench emo_1m --grow --json growth.json && emo-kernels bench plot growth.json
     emo-kernels bench compare first.json second.json --fail-over 5%
 
 Every row runs in a process of its own, where every result is held against an fp64 oracle before it
 is timed; the speed-up is over the fastest peer, with the interval that holds it in 95 % of the
 runs. Rows are saved as they come, to out/bench.json too: the last one of every case. `--quick`
-takes a minute and a half. `compare` tells how far two files differ; `plot` draws one, as PNG, SVG
+takes a minute and a half, `--grow` five: batch 1 to 64, images of 96 to 1280 pixels, and threads,
+against the fastest peers. `compare` tells how far two files differ; `plot` draws one, as PNG, SVG
 and one HTML page. `--resources` times nothing: it compiles the Triton kernels for GPUs that need
 not be here. Exit status 1: a result does not match, a row failed, or a ratio fell.
 """
@@ -43,12 +45,14 @@ from emo_kernels.measure import results, tables
 from emo_kernels.measure.case import DTYPES, MODES, Case
 from emo_kernels.measure.child import measure_in_child
 from emo_kernels.measure.engines import check_peers
+from emo_kernels.measure.growth import growth_cases, steps
 from emo_kernels.measure.results import Results
 from emo_kernels.measure.row import Row
 from emo_kernels.models import create_model
 
 _LAST = Path("out") / "bench.json"
-_PEERS, _QUICK_SECONDS = ("eager", "eager channels_last"), 2.0
+_PEERS, _GROWTH_PEERS = ("eager", "eager channels_last"), ("eager channels_last", "openvino")
+_SECONDS, _QUICK_SECONDS = 10.0, 2.0
 _MODEL = "emo_5m"
 _QUICK_MODELS, _QUICK_MODES = ("emo_1m", "emo_5m"), (("infer", [1]), ("train", [4]))
 _LONGEST = 1800.0  # seconds of a row: compilers take minutes
@@ -74,11 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers", nargs="+", metavar="NAME", help="or all (default: eager in both layouts)"
     )
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timing for one row")
+    parser.add_argument("--seconds", type=float, help="of timing for one row (default: 10)")
     parser.add_argument(
         "--quick",
         action="store_true",
         help="two seconds a row; without a model: emo_1m and emo_5m in inference and training",
+    )
+    parser.add_argument(
+        "--grow", action="store_true", help="rows for every batch, size and number of threads"
     )
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="rows as JSON; without FILE, printed"
@@ -111,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         args.models = args.models or [_MODEL]
         return importlib.import_module("emo_kernels.cli.resources").run(args)  # needs triton
     device = use_runtime(args)
-    peers = check_peers(args.peers or _PEERS)
+    peers = check_peers(args.peers or (_GROWTH_PEERS if args.grow else _PEERS))
     cases = list(_cases(args, str(device)))
     _check_models({case.model for case in cases}, settings(args))
     last, earlier = Results(_LAST), _earlier(args.compare)
@@ -139,7 +146,8 @@ def _cases(args: argparse.Namespace, device: str) -> Iterator[Case]:
     for model, (mode, several), dtype, size in itertools.product(models, modes, dtypes, sizes):
         for batch in several:
             case = Case(model, mode, dtype, batch, size, threads, settings=fields)
-            yield replace(case, device=device)
+            case = replace(case, device=device)
+            yield from growth_cases(case) if args.grow else [case]
 
 
 def _check_models(names: set[str], fields: dict[str, Any]) -> None:
@@ -173,7 +181,7 @@ def _measure_all(
 ) -> tuple[Results, bool]:
     """The rows, saved after each, and whether Ctrl-C ended the run."""
     found = Results(None if args.json in (None, "-") else Path(args.json), fresh=True)
-    seconds = _QUICK_SECONDS if args.quick else args.seconds
+    seconds = args.seconds or (_QUICK_SECONDS if args.quick or args.grow else _SECONDS)
     with Progress("bench", len(cases), unit="row") as progress:
         for case in cases:
             row = _measure(case, peers, seconds, args.backend, progress)
@@ -209,6 +217,8 @@ def _show(found: Results, args: argparse.Namespace) -> None:
     else:
         print(one_line())
         print(tables.text(found.rows))
+        for step in steps(found.rows):
+            print(f"step: {step}")
 
 
 def _compare(files: list[str], threshold: float) -> int:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from emo_kernels.cli.files import write_atomically
-from emo_kernels.measure.charts import draw_all
-from emo_kernels.measure.results import read
+from emo_kernels.measure.charts import draw_all, draw_suite
+from emo_kernels.measure.growth import steps
+from emo_kernels.measure.results import read, suite
 from emo_kernels.measure.tables import cells, engines_of, headers
 
 _STYLE = """
@@ -20,8 +21,15 @@ th:first-child, td:first-child { text-align: left; white-space: nowrap }
 
 
 def write(path: Path) -> list[Path]:
-    """Draw the rows of ``path`` beside it; returns the files, the page last."""
-    data, stem = read(path), path.with_suffix("")
+    """Draw the rows of ``path`` beside it; returns the files, the page last.
+
+    Of a file of pytest-benchmark, which holds other things, the roofline alone.
+    """
+    stem = path.with_suffix("")
+    benchmarks = suite(path)
+    if benchmarks is not None:
+        return draw_suite(benchmarks, stem)
+    data = read(path)
     pictures = draw_all(data["rows"], stem)
     text = page(data, path.stem, [p.read_text() for p in pictures if p.suffix == ".svg"])
     written = stem.with_suffix(".html")
@@ -42,6 +50,7 @@ def page(data: dict[str, Any], heading: str, pictures: list[str]) -> str:
         for engine, reason in row.get("absent", {}).items()
     ]
     remarks += [f"{row['name']} is noisy: {why}" for row in rows for why in row.get("noisy", ())]
+    remarks += steps(rows)
     return "\n".join(
         [
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_e(heading)}</title>',
@@ -52,7 +61,8 @@ def page(data: dict[str, Any], heading: str, pictures: list[str]) -> str:
             *(f"<tr>{_line('td', cells(row, engines, gate=gate))}</tr>" for row in rows),
             "</table>",
             *(picture[picture.index("<svg") :] for picture in pictures),
-            f"<h2>Absent and noisy</h2><ul>{''.join(f'<li>{_e(r)}</li>' for r in remarks)}</ul>",
+            "<h2>Absent, noisy, and steps in the cost</h2>",
+            f"<ul>{''.join(f'<li>{_e(remark)}</li>' for remark in remarks)}</ul>",
             "</html>\n",
         ]
     )

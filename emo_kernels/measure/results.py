@@ -82,6 +82,16 @@ def read(path: Path) -> dict[str, Any]:
     return data
 
 
+def suite(path: Path) -> list[dict[str, Any]] | None:
+    """The benchmarks of a file that pytest-benchmark wrote; ``None`` for any other file."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    benchmarks = found.get("benchmarks") if isinstance(found, dict) else None
+    return benchmarks if isinstance(benchmarks, list) else None
+
+
 def commit() -> str:
     """The commit checked out, and whether code differs from it; ``unknown`` without git.
 
