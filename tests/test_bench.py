@@ -221,7 +221,8 @@ def test_memory_of_a_training_step() -> None:
     assert found["absent"] == {"openvino": "memory is compared with eager"}
     assert 0.05 < found["memory_share"] < 1.0
     for engine in found["engines"].values():
-        assert engine["saved_megabytes"] <= engine["megabytes"]
+        image = 16 * 3 * 96 * 96 * 4 / 2**20  # kept for backward, but there before the call
+        assert engine["saved_megabytes"] <= engine["megabytes"] + image
     assert tables.cells(found, [OURS], gate=False)[1].endswith(" MB")
 
 
