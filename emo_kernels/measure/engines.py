@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from emo_kernels.accelerate import accelerate
 from emo_kernels.explain import explain
 from emo_kernels.measure.case import Case, Work
+from emo_kernels.measure.gpu_peers import attend_with_natten, captured
 
 OURS = "emo_kernels"
 # Engines that no environment variable of isa_environment() limits.
@@ -36,12 +37,14 @@ class Engine:
         call: a forward pass or a training step.
         module: holds the gradients in training; ``None`` for an engine that is not torch's.
         note: what there is to say of it.
+        peaks: the memory of a call is taken in the call, not when the engine is built.
         saves: autograd's hooks see what its forward pass keeps for backward.
     """
 
     call: Callable[[], Tensor]
     module: nn.Module | None = None
     note: str = ""
+    peaks: bool = True
     saves: bool = True
 
 
@@ -147,6 +150,8 @@ def _does_not_apply(name: str, case: Case) -> str | None:
             return "inference only"
         if case.device != "cpu":
             return "compared on the CPU only"
+    if name == "cuda graphs" and case.device == "cpu":
+        return "a GPU's"
     return None
 
 
@@ -160,7 +165,13 @@ def rotation(x: Tensor) -> Iterator[Tensor]:
 
 
 def _ours(work: Work, backend: str | None) -> Engine:
-    module = accelerate(_channels_last(work), backend=backend, strict=not work.case.trains)
+    graphs = work.case.device != "cpu" and not (work.case.trains or work.case.block)
+    module = accelerate(
+        _channels_last(work),
+        backend=backend,
+        strict=not work.case.trains,
+        cuda_graphs=graphs,
+    )
     x = work.x.contiguous(memory_format=torch.channels_last)
     training = work.case.trains
     engine = _torch_engine(work, module, x)
@@ -172,6 +183,8 @@ def _ours(work: Work, backend: str | None) -> Engine:
         raise NotImplementedError(next(iter(reasons[0].values()), "no kernel runs its blocks"))
     runs = sorted(set(chosen), key=chosen.count, reverse=True)
     engine.note = ", ".join(f"{name} runs {chosen.count(name)} of {len(rows)}" for name in runs)
+    if graphs:
+        engine.note, engine.peaks = f"{engine.note}, as a CUDA graph", False
     return engine
 
 
@@ -180,10 +193,16 @@ def _channels_last(work: Work) -> nn.Module:
 
 
 def _torch_engine(
-    work: Work, module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None
+    work: Work,
+    module: nn.Module,
+    x: Tensor,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    *,
+    rotate: bool = True,
 ) -> Engine:
     """A call of ``forward``, or of the module: inference, or a step without the optimizer's."""
-    forward, inputs = module if forward is None else forward, rotation(x)
+    forward = module if forward is None else forward
+    inputs = rotation(x) if rotate else itertools.repeat(x)
 
     def infer() -> Tensor:
         with torch.inference_mode():
@@ -205,6 +224,19 @@ def _eager(work: Work) -> Engine:
 def _eager_channels_last(work: Work) -> Engine:
     x = work.x.contiguous(memory_format=torch.channels_last)
     return _torch_engine(work, _channels_last(work), x)
+
+
+def _cuda_graphs(work: Work) -> Engine:
+    """Eager in channels_last, captured: what it costs without launching each kernel."""
+    x = work.x.contiguous(memory_format=torch.channels_last)
+    engine = _torch_engine(work, _channels_last(work), x, rotate=False)
+    engine.call()
+    return Engine(captured(engine.call), engine.module, peaks=False, saves=False)
+
+
+def _natten(work: Work) -> Engine:
+    x = work.x.contiguous(memory_format=torch.channels_last)
+    return _torch_engine(work, attend_with_natten(_channels_last(work)), x)
 
 
 def _compile(work: Work) -> Engine:
@@ -279,4 +311,6 @@ _BUILDERS: dict[str, Callable[[Work], Engine]] = {
     "compile": _compile,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+    "cuda graphs": _cuda_graphs,
+    "natten": _natten,
 }

@@ -85,7 +85,8 @@ def of_suite(benchmarks: list[dict[str, Any]]) -> Figure | None:
 
 def draw(points: list[Point], roof: Roof, subtitle: str) -> Figure:
     """The roof, the points, and on ours its share of the roof."""
-    figure = Figure(figsize=(WIDTH, 4.8), layout=ConstrainedLayoutEngine())
+    height = 4.6 if len(points) < 40 else 6.2
+    figure = Figure(figsize=(WIDTH, height), layout=ConstrainedLayoutEngine())
     axes = figure.subplots()
     frame(axes)
     axes.set_title("Roofline", loc="left", fontsize=11, fontweight="bold", color=INK)
@@ -94,7 +95,7 @@ def draw(points: list[Point], roof: Roof, subtitle: str) -> Figure:
     least, most = min(p.intensity for p in points), max(p.intensity for p in points)
     ridge = roof.compute / roof.stream
     _draw_roof(axes, roof, min(least / 1.4, ridge / 2), max(most * 1.6, ridge * 2))
-    for engine in dict.fromkeys(point.engine for point in points):
+    for engine in dict.fromkeys([OURS, *(point.engine for point in points)]):
         its = [point for point in points if point.engine == engine]
         axes.scatter(
             [point.intensity for point in its],
@@ -114,7 +115,8 @@ def _draw_roof(axes: Axes, roof: Roof, left: float, right: float) -> None:
     axes.plot(places, [roof.over(place) for place in places], color=INK, linewidth=1.5)
     words: dict[str, Any] = {"fontsize": 8, "color": INK, "va": "bottom"}
     axes.text(right, roof.compute, f"torch.mm {roof.compute:.0f} GFLOP/s", ha="right", **words)
-    axes.text(left * 1.1, roof.over(left), f"   triad {roof.stream:.0f} GB/s", **words)
+    words |= {"va": "top"}
+    axes.text(left * 1.05, 0.85 * roof.over(left), f"triad {roof.stream:.0f} GB/s", **words)
     axes.set_xlabel("FLOPs for each byte that must be moved", fontsize=8.5, color=INK)
     axes.set_ylabel("useful GFLOP/s", fontsize=8.5, color=INK)
     axes.set_xlim(left, right)
@@ -139,7 +141,7 @@ def _label(axes: Axes, points: list[Point], roof: Roof) -> None:
             f"{point.label}, {100 * share:.0f} %",
             (point.intensity, point.gflops),
             xytext=(point.intensity * 1.035, place[1]),
-            fontsize=6.5,
+            fontsize=7,
             color=INK,
             va="center",
         )

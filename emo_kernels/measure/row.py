@@ -103,9 +103,10 @@ def _timed(engines: Engines, case: Case, seconds: float) -> Row:
 def _memory_of(engine: Engine, work: Work) -> Row:
     """Peak megabytes of a call, and in training those that autograd keeps for backward.
 
-    An engine that is no torch module keeps an arena of its own, which one call does not show.
+    An engine that is no torch module keeps an arena of its own, which one call does not show, and
+    so does a CUDA graph.
     """
-    if engine.module is None:
+    if engine.module is None or not engine.peaks:
         return {}
     found: Row = {"megabytes": added_megabytes(engine.call, engine.module, work.x.device)}
     if work.case.trains and engine.saves:

@@ -12,7 +12,12 @@ from emo_kernels.measure.engines import OURS
 from emo_kernels.measure.results import Change, milliseconds, share_of_limit
 from emo_kernels.measure.row import Row
 
-_TITLES = {OURS: "emo_kernels", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_TITLES = {
+    OURS: "emo_kernels",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "natten": "NATTEN",
+}
 
 
 def engines_of(rows: Iterable[Row]) -> list[str]:
