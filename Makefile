@@ -59,7 +59,7 @@ lint: $(STAMPS)/package
 bench: $(STAMPS)/package $(STAMPS)/peers
 	$(PY) -m pytest bench/bench_operators.py bench/bench_models.py -q \
 	  --benchmark-storage=build/bench --benchmark-autosave $(BENCH)
-	$(PY) bench/bench_cpu.py --minutes 11
+	$(PY) bench/bench_cpu.py --minutes 10
 
 $(STAMPS)/dependencies: pyproject.toml
 ifneq ($(strip $(VENV)),)

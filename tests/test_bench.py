@@ -18,7 +18,6 @@ import torch
 from bench_rows import TINY, Clock, made_up
 
 from emo_kernels.measure import (
-    breakdown,
     engines,
     memory,
     oracle,
@@ -239,21 +238,6 @@ def test_memory_is_what_a_call_takes() -> None:
     found = memory.added_megabytes(call, module, torch.device("cpu"))
     assert found == pytest.approx(16, abs=5)  # the gradient of y * y is expanded, that of y not
     assert memory.saved_megabytes(call, module) == 4.0
-
-
-def test_a_breakdown_counts_everything_once() -> None:
-    work = Work(TINY)
-    x, model = work.x, work.copy()
-    parts = breakdown.count(model, work.module, x)
-    assert 1e-9 * sum(part.flops for part in parts.values()) == pytest.approx(work.gflop)
-    breakdown.measure(model, x, parts, 2)
-    assert {len(part.seconds) for part in parts.values()} == {2}
-    part = parts["stage3.1"]
-    weights = sum(p.numel() for p in model.get_submodule("stage3.1").parameters())
-    assert part.bytes == 4 * (2 * 2 * 40 * 16 + weights)
-    limits = {"matmul_gflops": {"fp32": 10.0}, "stream_gigabytes": {"triad": 1e9}}
-    assert part.floor(limits, "fp32") == pytest.approx(part.flops / 10e9)
-    assert model.get_submodule("stage3.1")._forward_hooks == {}
 
 
 # --------------------------------------------------------------------------------- files and tables

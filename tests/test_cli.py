@@ -16,7 +16,7 @@ import emo_kernels
 from emo_kernels import available_backends, create_backbone, create_model, save_checkpoint
 from emo_kernels.__main__ import COMMANDS, main
 from emo_kernels.backends import only_by_name
-from emo_kernels.cli import check, check_cases, demo, files, images, options, profile
+from emo_kernels.cli import check, check_cases, demo, files, images, options
 from emo_kernels.cli.pairs import compare
 
 # A model small enough for a test, with both kinds of block.
@@ -56,7 +56,6 @@ def photo(tmp_path: Path) -> Path:
         (["explain", "emo_1m", "--set", "depths"], "--set must be NAME=VALUE, got 'depths'"),
         (["explain", "emo_1m", "--set", "banana=1"], "banana"),
         (["explain", "emo_1m", "--backend", "banana"], "banana"),
-        (["profile", "emo_9m"], "emo_1m"),
         (["convert", "nowhere.pth", "x.safetensors"], "nowhere.pth"),
         (["convert", "text.txt", "x.safetensors"], "text.txt"),
         (["export", "emo_9m", "x.onnx"], "emo_1m"),
@@ -165,21 +164,6 @@ def test_explain_gives_a_row_for_every_block(capsys: pytest.CaptureFixture[str])
     text = json.dumps(report)
     assert "stage1.0" in text
     assert "stage4.2" in text
-
-
-def test_profile_tells_blocks_and_writes_traces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    limits = {"matmul_gflops": {"fp32": 100.0}, "stream_gigabytes": {"triad": 20.0}}
-    monkeypatch.setattr(profile, "machine_limits", lambda device: limits)
-    argv = ["profile", "emo_1m", "--set", *TINY, "--size", "32", "--rounds", "1"]
-    assert main([*argv, "--trace", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "Self CPU" in shown
-    for words in ("stage3.1  reference", "stage3.1  cpu", "(rest)", "% of floor"):
-        assert words in shown
-    assert '"name": "stage3.1"' in (tmp_path / "accelerated.json").read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"plain.json", "accelerated.json"}
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,22 @@
-"""Where the time of a model goes: block by block, and in torch's profile; plain and accelerated.
+"""Where the time of a model goes: operator by operator and block by block; plain and accelerated.
 
-A block's floor is the time below which the limits measured here let no program come: its arithmetic
-at the rate of large matrix products, or its input, output and weights at that of a stream.
+A floor is the time below which the limits measured here let no program come: the arithmetic at the
+rate of large matrix products, or what goes in and out at that of a stream. Operators are timed one
+by one, without the Python between them; blocks with it. Ranges are named after their operator, as
+in `irmb stage3.1`, in the traces and, with `--nvtx`, for NVIDIA's profilers:
+
+    nsys profile -t nvtx,cuda emo-kernels profile emo_5m --device cuda --nvtx
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.autograd.profiler import emit_nvtx
 from torch.profiler import ProfilerActivity, profile
 
 from emo_kernels.cli.info import one_line
@@ -23,7 +29,7 @@ from emo_kernels.cli.options import (
     use_runtime,
 )
 from emo_kernels.cli.pairs import build_pair, noise_images
-from emo_kernels.measure import breakdown
+from emo_kernels.measure import breakdown, operators
 from emo_kernels.measure.limits import machine_limits
 
 
@@ -40,38 +46,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="also write plain.json and accelerated.json there, for chrome://tracing",
     )
+    parser.add_argument("--nvtx", action="store_true", help="emit NVTX ranges, on a GPU")
     add_runtime(parser)
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> int:
-    """Print a table for each model."""
+    """Print two tables for each model."""
     device = use_runtime(args)
+    if args.nvtx and device.type != "cuda":
+        raise ValueError(f"--nvtx needs --device cuda, got {args.device}; --trace DIR works here")
+    if min(args.rounds, args.rows) < 1:
+        raise ValueError(f"--rounds and --rows must be at least 1, got {args.rounds}, {args.rows}")
     x = torch.randn(input_shape(args.size, args.batch), device=device)
     fields = {"in_chans": x.shape[1], **settings(args)}
     pair = build_pair(args.model, fields, noise_images(x.shape[1], device), backend=args.backend)
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
     print(one_line())
     limits = machine_limits(device)
     for variant, model in pair._asdict().items():
         model(x)  # warm-up
         parts = breakdown.count(model, pair.plain, x)
-        breakdown.measure(model, x, parts, args.rounds)
-        with profile(activities=activities) as profiled:  # it costs time itself
-            breakdown.measure(model, x, copy.deepcopy(parts), args.rounds)
-        print(f"\n{args.model}, {variant}, {args.rounds} forward passes of {tuple(x.shape)}")
+        ranges = emit_nvtx() if args.nvtx else nullcontext()
+        with ranges:
+            breakdown.measure(model, x, parts, args.rounds)
+        found = operators.measure(model, x, parts, args.rounds, limits)
+        print(f"\n{args.model}, {variant}, {args.rounds} forward passes of {tuple(x.shape)}\n")
+        print(operators.table(found, args.rows), end="\n\n")
         print(breakdown.table(parts, limits, "fp32"))
-        averages = profiled.key_averages()
-        print(
-            averages.table(
-                sort_by=f"self_{device.type}_time_total",
-                row_limit=args.rows,
-                max_name_column_width=40,
-            )
-        )
         if args.trace is not None:
-            args.trace.mkdir(parents=True, exist_ok=True)
-            profiled.export_chrome_trace(str(args.trace / f"{variant}.json"))
+            _write_trace(model, x, parts, args.trace / f"{variant}.json")
     return 0
+
+
+def _write_trace(
+    model: torch.nn.Module, x: torch.Tensor, parts: dict[str, breakdown.Part], path: Path
+) -> None:
+    """Two forward passes for chrome://tracing; the profiler itself costs time."""
+    activities = [ProfilerActivity.CPU]
+    if x.is_cuda:
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiled:
+        breakdown.measure(model, x, copy.deepcopy(parts), 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiled.export_chrome_trace(str(path))

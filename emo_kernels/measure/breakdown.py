@@ -13,10 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
 
 from emo_kernels.explain import explain, format_table
 
 REST = "(rest)"  # last norm, pooling, head
+# Layer of a block -> the operator it is, or the longest part of.
+_LAYERS = {
+    "norm": "expand",
+    "v": "expand",
+    "qk": "window_attention",
+    "conv_local": "depthwise_conv2d",
+    "se": "squeeze",
+    "proj": "shrink",
+}
 
 
 @dataclass
@@ -27,6 +37,7 @@ class Part:
         path: in the model.
         flops, bytes: of one call; the least it must move: input, output, weights.
         backend: that runs it.
+        operator: what it is.
         seconds: of each round.
     """
 
@@ -34,6 +45,7 @@ class Part:
     flops: int
     bytes: int
     backend: str
+    operator: str = "irmb"
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -43,13 +55,19 @@ class Part:
 
     def floor(self, limits: dict[str, Any], dtype: str) -> float:
         """Seconds below which these limits let no program come."""
-        compute = self.flops / limits["matmul_gflops"][dtype]
-        return 1e-9 * max(compute, self.bytes / limits["stream_gigabytes"]["triad"])
+        return floor_seconds(self.flops, self.bytes, limits, dtype)
+
+
+def floor_seconds(flops: int, moved: int, limits: dict[str, Any], dtype: str) -> float:
+    """Seconds that so much arithmetic, or so many bytes, take at the least under these limits."""
+    compute = flops / limits["matmul_gflops"][dtype]
+    return 1e-9 * max(compute, moved / limits["stream_gigabytes"]["triad"])
 
 
 def count(model: nn.Module, plain: nn.Module, x: Tensor) -> dict[str, Part]:
     """The parts of ``model`` by path, nothing timed yet; counted on its ``plain`` twin."""
-    parts = {row.path: Part(row.path, 0, 0, row.inference) for row in explain(model, x).rows}
+    rows = explain(model, x).rows
+    parts = {row.path: Part(row.path, 0, 0, row.inference, row.operator) for row in rows}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         plain(x)
     counts, name = counter.get_flop_counts(), type(plain).__name__
@@ -74,7 +92,11 @@ def measure(model: nn.Module, x: Tensor, parts: dict[str, Part], rounds: int) ->
 
 @contextmanager
 def _timed(model: nn.Module, parts: dict[str, Part]) -> Iterator[Callable[[], None]]:
-    """Hooks around every part but the rest that fill it, and name its range in a trace."""
+    """Hooks around every part but the rest that fill it and name its range in a trace.
+
+    A range is named after the operator, then its place: ``irmb stage3.1``. The torch operators
+    inside have their own names; in a plain block, its layers those of the operators they are.
+    """
     cuda = next(model.parameters()).is_cuda
 
     def synchronize() -> None:
@@ -86,7 +108,7 @@ def _timed(model: nn.Module, parts: dict[str, Part]) -> Iterator[Callable[[], No
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             synchronize()
-            started[:] = [record_function(part.path), time.perf_counter()]
+            started[:] = [record_function(f"{part.operator} {part.path}"), time.perf_counter()]
             started[0].__enter__()
 
         def leave(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
@@ -105,11 +127,37 @@ def _timed(model: nn.Module, parts: dict[str, Part]) -> Iterator[Callable[[], No
         enter, leave = hooks(part)
         module = model.get_submodule(path)
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        if part.operator == "irmb" and part.backend == "reference":  # hooks undo a fused block
+            handles += _named_layers(module, path)
     try:
         yield synchronize
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _named_layers(block: nn.Module, path: str) -> list[RemovableHandle]:
+    """Ranges of the layers that make up an operator of ours; a fused block never calls them."""
+    handles = []
+    for name, operator in _LAYERS.items():
+        layer = getattr(block, name, None)
+        if not isinstance(layer, nn.Module) or isinstance(layer, nn.Identity):
+            continue
+        handles += _named(layer, f"{operator} {path}.{name}")
+    return handles
+
+
+def _named(layer: nn.Module, name: str) -> list[RemovableHandle]:
+    ranges: list[Any] = []
+
+    def enter(*_: Any) -> None:
+        ranges.append(record_function(name))
+        ranges[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
 
 
 def table(measured: dict[str, Part], limits: dict[str, Any], dtype: str) -> str:
