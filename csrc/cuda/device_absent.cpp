@@ -19,6 +19,8 @@ void launch_depthwise_conv2d(const DepthwiseCall&) { refuse("depthwise_conv2d");
 void launch_depthwise_conv2d_backward(const DepthwiseBackwardCall&) {
   refuse("depthwise_conv2d_backward");
 }
+void launch_irmb(const IRMBCall&) { refuse("irmb"); }
+void launch_irmb_attention(const AttentionCall&) { refuse("irmb"); }
 
 void launch_expand_depthwise(const ExpandDepthwiseCall&) { refuse("expand_depthwise"); }
 

@@ -40,7 +40,7 @@ string(SUBSTRING ${EMO_CUDA_SOURCES} 0 16 EMO_CUDA_SOURCES)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${EMO_CUDA_FILES})
 
 set(EMO_CUDA_WALKS csrc/cuda/walk.cpp csrc/cuda/depthwise_conv2d_walk.cpp
-  csrc/cuda/expand_depthwise_walk.cpp)
+  csrc/cuda/expand_depthwise_walk.cpp csrc/cuda/irmb_walk.cpp)
 add_library(emo_kernels_cuda STATIC ${EMO_CUDA_WALKS})
 target_include_directories(emo_kernels_cuda PUBLIC csrc)
 # The walk's numbers are the kernels': only what is written as a fused product is one. Memory is
@@ -71,7 +71,8 @@ if(EMO_CUDA_STATUS STREQUAL "")
   set(CMAKE_CUDA_ARCHITECTURES ${archs})
   enable_language(CUDA)
   target_sources(emo_kernels_cuda PRIVATE csrc/cuda/device.cu csrc/cuda/depthwise_conv2d.cu
-    csrc/cuda/depthwise_conv2d_backward.cu csrc/cuda/expand_depthwise.cu)
+    csrc/cuda/depthwise_conv2d_backward.cu csrc/cuda/expand_depthwise.cu
+    csrc/cuda/irmb.cu csrc/cuda/irmb_attention.cu)
   set_target_properties(emo_kernels_cuda PROPERTIES CUDA_STANDARD 17 CUDA_ARCHITECTURES "${archs}"
     CUDA_RUNTIME_LIBRARY Static)
   target_compile_options(emo_kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3>

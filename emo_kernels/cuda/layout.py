@@ -50,7 +50,7 @@ def run(
     walk: Callable[..., None],
     x: Tensor,
     pointers: tuple[Any, ...],
-    sizes: tuple[int, ...],
+    sizes: tuple[float, ...],
 ) -> None:
     """One call on the device and stream of ``x``, or on the host."""
     arguments = (DTYPES[x.dtype], pointers, sizes)

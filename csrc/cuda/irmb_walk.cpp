@@ -1,0 +1,87 @@
+// The whole-block kernels' walk on the host (walk.h), and the memory their launches need.
+#include "cuda/irmb_attention_dispatch.h"
+#include "cuda/irmb_dispatch.h"
+#include "cuda/walk.h"
+
+namespace emo_kernels::cuda {
+
+static int64_t output_size(const BlockShape& s) { return s.N * s.HO * s.WO * s.O; }
+
+// What the end of a block reads and writes.
+template <class T>
+static void finishing_operands(Watch& watch, const BlockArgs<T>& args) {
+  const int64_t bytes = output_size(args.shape) * int64_t{sizeof(T)};
+  watch.may_read(args.gamma, args.shape.O);
+  watch.may_read(args.residual, bytes);
+  watch.must_write(args.out, bytes);
+}
+
+static void may_read(Watch& watch, const ChannelNorm& norm, int channels) {
+  for (const Vector& vector : {norm.weight, norm.bias, norm.mean, norm.var}) {
+    watch.may_read(vector, channels);
+  }
+}
+
+// Arguments of the first of the two launches, where there are two.
+template <class T>
+void operands(Watch& watch, const BlockArgs<T>& args) {
+  const BlockShape& s = args.shape;
+  watch.may_read(args.pixels.values, s.N * s.H * s.W * s.C);
+  may_read(watch, args.front, s.C);
+  may_read(watch, args.bn, s.M);
+  watch.may_read(args.v.values, int64_t{s.M} * s.C);
+  watch.may_read(args.bias, s.M);
+  watch.may_read(args.stencil, int64_t{s.M} * s.K * s.K);
+  watch.may_read(args.proj.values, int64_t{s.O} * s.M);
+  if (args.partials == nullptr) return finishing_operands(watch, args);
+  watch.must_write(args.partials, args.plan.splits * output_size(s) * int64_t{sizeof(float)});
+}
+
+template <class T>
+void operands(Watch& watch, const SumOfBlock<T>& sum) {
+  const int64_t size = output_size(sum.block.shape);
+  watch.may_read(sum.block.partials, sum.block.plan.splits * size * int64_t{sizeof(float)});
+  finishing_operands(watch, sum.block);
+}
+
+template <class T>
+void operands(Watch& watch, const AttentionArgs<T>& args) {
+  const AttentionShape& s = args.shape;
+  const int64_t size = s.N * s.H * s.W * s.C;
+  watch.may_read(args.pixels.values, size);
+  may_read(watch, args.front, s.C);
+  watch.may_read(args.weight.values, int64_t{2} * s.C * s.C);
+  watch.may_read(args.bias, int64_t{2} * s.C);
+  watch.must_write(args.out, size * int64_t{sizeof(T)});
+}
+
+void walk_irmb(const IRMBCall& call) { walk(call); }
+void walk_irmb_attention(const AttentionCall& call) { walk(call); }
+
+int64_t scratch_bytes(const AttentionCall&) { return 0; }
+
+int64_t shared_bytes(const AttentionCall& call) {
+  const int bytes = call.dtype == DType::kFloat32 ? 4 : 2;
+  return make_attention_plan(attention_shape(call), bytes, call.shared_limit).shared;
+}
+
+int64_t scratch_bytes(const IRMBCall& call) {
+  NoLauncher nothing;
+  return dispatch(call, nothing);
+}
+
+int64_t shared_bytes(const IRMBCall& call) {
+  const BlockShape s = block_shape(call);
+  int64_t bytes = 0;
+  const auto measure = [&](auto*, const BlockPlan& plan) { bytes = plan.shared; };
+  switch (call.dtype) {
+    case DType::kFloat32:
+      with_block_in<float>(call, s, measure);
+      break;
+    default:
+      with_block_in<BFloat16>(call, s, measure);
+  }
+  return bytes;
+}
+
+}  // namespace emo_kernels::cuda
