@@ -11,6 +11,8 @@ from emo_kernels.spec import IRMBSpec, IRMBWeights, conv_output_size
 
 _NORMS = {"none": 0, "batch": 1, "layer": 2}
 _NO_NORM = dict.fromkeys(("norm_weight", "norm_bias", "norm_mean", "norm_var"))
+# In the order of csrc/emo_kernels_cuda.h.
+_VECTORS = tuple(n for n in IRMBWeights._fields if not n.startswith(("qk_", "se_")))
 _WINDOWS = {"grid": 0, "block": 1}
 _MOST = 2**24  # sizes, as csrc/cuda/irmb_dispatch.h holds them
 # Bytes of shared memory that a block may have, by compute capability; elsewhere the least.
@@ -133,8 +135,7 @@ def _run(
     pixels: Tensor, residual: Tensor | None, out: Tensor, w: IRMBWeights, spec: IRMBSpec
 ) -> None:
     """The rest of the block, from (N, H, W, C) pixels."""
-    vectors = (w.norm_weight, w.norm_bias, w.norm_mean, w.norm_var, w.v_weight, w.v_bias)
-    vectors += (w.dw_weight, w.bn_weight, w.bn_bias, w.bn_mean, w.bn_var, w.proj_weight, w.gamma)
+    vectors = [getattr(w, name) for name in _VECTORS]
     maps = (layout.address(pixels), layout.address(residual), layout.address(out))
     pointers = (*maps, *map(layout.vector, vectors))
     sizes = _sizes(pixels.permute(0, 3, 1, 2), w, spec, shared_limit(pixels))
