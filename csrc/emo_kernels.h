@@ -59,6 +59,20 @@ struct IrmbCall {
 
 void irmb(const IrmbCall& call);
 
+// out = W mean_p(LN(x_p)) + b: the end of a network, in inference.
+struct NormPoolLinearCall {
+  DType dtype = DType::kFloat32;
+  const void* x = nullptr;                                  // (N, H, W, C)
+  void* out = nullptr;                                      // (N, O)
+  const void *norm_weight = nullptr, *norm_bias = nullptr;  // (C,)
+  const void *weight = nullptr, *bias = nullptr;            // (O, C), (O,)
+  int64_t N = 0, C = 0, H = 0, W = 0, O = 0;
+  double eps = 1e-6;
+  int threads = 1;
+};
+
+void norm_pool_linear(const NormPoolLinearCall& call);
+
 // ---- one training step, operator by operator ----------------------------------------------------
 // Maps are (pixels, C) matrices in the dtype; vectors, weights and their gradients in the type it
 // is computed in: float where maps are bfloat16, else the same; sums in double. A null result is

@@ -17,6 +17,7 @@ from emo_kernels.spec import IRMBSpec, IRMBWeights
 from emo_kernels.stem import accelerate_stems
 from emo_kernels.structure import Reading, UnreadableError, looks_like_irmb
 from emo_kernels.swap import SwappedForward, disagreement, own_forward, restore_module
+from emo_kernels.tail import accelerate_tails
 from emo_kernels.train_block import train
 
 
@@ -30,7 +31,8 @@ def accelerate(
     """Run every inverted residual mobile block of ``model`` on fused kernels, in place.
 
     Blocks are found by structure: this library's, the published class pasted into any code base,
-    and subclasses; the stem in front of them goes along, in inference. Each is swapped only if its
+    and subclasses; the stem in front of them and this library's tail behind them (norm, mean, head)
+    go along, in inference. Each is swapped only if its
     own forward agrees with the reference on a probe input. Weights, buffers, hooks,
     ``state_dict``, copies and pickles stay as they are; each call reads the weights as they are
     then, and moves running statistics as the block does. Calls that no kernel covers (training and
@@ -89,6 +91,7 @@ def accelerate(
             block.forward = AcceleratedForward(block, backend)
     if found:
         accelerate_stems(model, backend)
+        accelerate_tails(model, backend)
     if cuda_graphs:
         model.forward = GraphedForward(model)
     return model

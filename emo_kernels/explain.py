@@ -20,6 +20,7 @@ from emo_kernels.stem import (
     unreadable_stem,
 )
 from emo_kernels.structure import Reading
+from emo_kernels.tail import AcceleratedTail, TailReading, find_tails, unreadable_tail
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Row:
 
     Attributes:
         path: of the block in the model; empty if the model is the block.
-        operator: ``irmb``, the whole block, or ``conv_norm_act``, the stem.
+        operator: ``irmb``, the whole block, ``conv_norm_act``, the stem, or ``norm_pool_linear``,
+            the tail.
         shape: of the input, (N, C, H, W), where one was seen.
         inference, training: the backend that runs it; ``reference`` is the block's own forward.
         reasons: for each backend not chosen for inference, why not.
@@ -104,7 +106,10 @@ def explain(model_or_block: nn.Module, x: Tensor | None = None) -> Report:
         _stem_row(path, stem, inputs.get(path))
         for path, stem in (find_stems(model_or_block) if blocks else ())
     ]
-    return Report([*stems, *(_row(path, block, inputs.get(path)) for path, block in blocks)])
+    tails = [_tail_row(path, tail) for path, tail in (find_tails(model_or_block) if blocks else ())]
+    return Report(
+        [*stems, *(_row(path, block, inputs.get(path)) for path, block in blocks), *tails]
+    )
 
 
 def _row(path: str, block: nn.Module, x: Tensor | None) -> Row:
@@ -140,6 +145,23 @@ def _stem_row(path: str, stem: nn.Module, x: Tensor | None) -> Row:
     x = sample_image(tensors[0], reading.spec) if x is None else x
     inference, reasons = _choose("conv_norm_act", forward.backend, x, *tensors, **reading.spec)
     return Row(path, "conv_norm_act", shape, inference, "reference", reasons, training)
+
+
+def _tail_row(path: str, network: nn.Module) -> Row:
+    """Norm, mean and head, whose training is their own forward's."""
+    operator, others = "norm_pool_linear", [n for n in backends.NAMES if n != "reference"]
+    training = dict.fromkeys(others, "the tail trains by its own forward")
+    forward, reason = network.__dict__.get("forward"), unreadable_tail(network)
+    if reason is not None or not isinstance(forward, AcceleratedTail):
+        reason = reason or "the tail is not accelerated: call emo_kernels.accelerate(model)"
+        reasons = dict.fromkeys(others, reason)
+        return Row(path, operator, None, "reference", "reference", reasons, training)
+    reading = TailReading(network)
+    tensors = reading.tensors()
+    assert tensors[0] is not None
+    y = tensors[0].new_empty(1, tensors[0].shape[1], 7, 7)
+    inference, reasons = _choose(operator, forward.backend, y, *tensors, **reading.spec)
+    return Row(path, operator, None, inference, "reference", reasons, training)
 
 
 def _choose(

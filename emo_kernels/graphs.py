@@ -82,11 +82,6 @@ class GraphedForward(Replacement):
                 return self._run(*args)
             return self._replay(args)
 
-    @property
-    def __code__(self) -> Any:
-        """Of the model's own forward, which ``torch.export`` asks for."""
-        return getattr(self.previous or type(self.block).forward, "__code__", None)
-
     def release(self) -> None:
         """Forget every graph; its memory is torch's again."""
         self._graphs.clear()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from emo_kernels import backends
 from emo_kernels.structure import Reading, UnreadableError, has_global_hooks
 
 R = TypeVar("R", bound=Reading)
@@ -19,6 +21,11 @@ class Replacement:
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.previous = block.__dict__.get("forward")
+
+    @property
+    def __code__(self) -> Any:
+        """Of the module's own forward, which ``torch.export`` asks for."""
+        return getattr(self.previous or type(self.block).forward, "__code__", None)
 
     def take_off(self) -> None:
         """Put back what stood there before."""
@@ -74,6 +81,20 @@ class SwappedForward(Replacement, Generic[R]):
         raise NotImplementedError
 
 
+def choose(operator: str, backend: str | None, x: Tensor, *args: Any, **options: Any) -> str | None:
+    """The backend that runs an operator beside the blocks; ``None``: the module's own forward does.
+
+    A backend asked for need not have a kernel for it: it is not one of the blocks.
+    """
+    device, asked = x.device.type, backends.requested(backend)
+    for name in backends.candidates(operator, device) if asked is None else (asked,):
+        if name != "reference" and not backends.why_not(
+            name, operator, device, x, *args, **options
+        ):
+            return name
+    return None
+
+
 def restore_module(module: nn.Module) -> None:
     """Give ``module`` its own forward back; nothing if it was not accelerated."""
     while isinstance(forward := module.__dict__.get("forward"), Replacement):
@@ -98,11 +119,11 @@ def disagreement(
     Args:
         what: ``computes`` is, for the reason.
     """
-    try:
-        expected = _in_inference(module, x)
-    except Exception as error:
-        return f"its forward fails on a probe input ({type(error).__name__}: {error})"
-    with torch.no_grad():
+    with _in_inference(module):
+        try:
+            expected = own_forward(module, x)
+        except Exception as error:
+            return f"its forward fails on a probe input ({type(error).__name__}: {error})"
         found = computes(x)
     limit = max(1e-4, 8 * torch.finfo(x.dtype).eps)
     if not isinstance(expected, Tensor) or expected.shape != found.shape:
@@ -112,14 +133,15 @@ def disagreement(
     return None
 
 
-def _in_inference(module: nn.Module, x: Tensor) -> Any:
-    """Its own forward with every module inside in inference mode, then as they were."""
+@contextmanager
+def _in_inference(module: nn.Module) -> Iterator[None]:
+    """Every module inside in inference mode, then as they were."""
     modes = [(inner, inner.training) for inner in module.modules()]
     try:
         for inner, _ in modes:
             inner.training = False
         with torch.no_grad():
-            return own_forward(module, x)
+            yield
     finally:
         for inner, training in modes:
             inner.training = training

@@ -34,6 +34,9 @@ def prepare_irmb(
 def prepare_conv_norm_act(
     dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float
 ) -> Prepared: ...
+def prepare_norm_pool_linear(
+    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float
+) -> Prepared: ...
 def bind_call(
     kernel: Prepared,
     api: object,

@@ -155,6 +155,16 @@ Prepared prepare_conv_norm_act(int dtype, const py::tuple& pointers, const py::t
   return prepared(c, cpu::conv_norm_act);
 }
 
+Prepared prepare_norm_pool_linear(int dtype, const py::tuple& pointers, const py::tuple& sizes,
+                                  double eps) {
+  cpu::NormPoolLinearCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.weight, c.bias, c.norm_weight, c.norm_bias);
+  size_all(sizes, c.N, c.C, c.H, c.W, c.O);
+  c.eps = eps;
+  return prepared(c, cpu::norm_pool_linear);
+}
+
 // ---- one training step, operator by operator: pointers and sizes in the order of emo_kernels/cpu
 // --
 
@@ -296,6 +306,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("weights"), py::arg("counts"), py::arg("sizes"), py::arg("switches"),
         py::arg("norm_eps"), py::arg("bn_eps"));
   m.def("prepare_conv_norm_act", &prepare_conv_norm_act);
+  m.def("prepare_norm_pool_linear", &prepare_norm_pool_linear);
   m.def("release_scratch", [] {
     cpu::release_scratch();
     emo_kernels::python::output_pool().clear();

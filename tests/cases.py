@@ -20,7 +20,15 @@ from torch import Tensor
 from emo_kernels import ops
 from emo_kernels.spec import IRMBSpec, IRMBWeights, batch_norm_affine
 
-STEMS = ("conv_norm_act", "depthwise_conv2d", "expand", "window_attention", "shrink", "irmb")
+STEMS = (
+    "conv_norm_act",
+    "depthwise_conv2d",
+    "expand",
+    "window_attention",
+    "shrink",
+    "norm_pool_linear",
+    "irmb",
+)
 
 
 class MakeCase(Protocol):
@@ -144,12 +152,29 @@ def irmb_case(row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: i
     )
 
 
+def norm_pool_linear_case(
+    row: Row, *, data: str = "shifted", qk_scale: float = 1.0, seed: int = 0
+) -> Case:
+    """The row as the end of a network: layer norm of C channels, mean, a linear layer to O."""
+    shaped: dict[str, tuple[int, ...]] = {"weight": (row.o, row.c)}
+    if row.bias:
+        shaped["bias"] = (row.o,)
+    if row.norm == "layer":
+        shaped |= dict.fromkeys(("norm_weight", "norm_bias"), (row.c,))
+    vectors = {name: _vector(row, name, shape, seed) - 0.3 for name, shape in shaped.items()}
+    x = _map(row, "x", (row.n, row.c, row.h, row.w), seed, data)
+    # One channel less its mean is nothing.
+    dead = {"x", "norm_weight"} & {"x", *vectors} if row.c == 1 else ()
+    return Case({"x": x, **vectors}, {"eps": 1e-6}, tuple(dead))
+
+
 CASES: dict[str, MakeCase] = {
     "conv_norm_act": conv_norm_act_case,
     "depthwise_conv2d": depthwise_case,
     "expand": expand_case,
     "window_attention": attention_case,
     "shrink": shrink_case,
+    "norm_pool_linear": norm_pool_linear_case,
     "irmb": irmb_case,
 }
 

@@ -197,6 +197,23 @@ def conv_norm_act(
     return activate(y, act)
 
 
+def norm_pool_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """W mean(LN(x)) + b, sum by sum."""
+    centred = x - x.mean(1, keepdim=True)
+    y = centred / (centred.square().mean(1, keepdim=True) + eps).sqrt()
+    y = normalize(y, norm_weight, norm_bias, "affine", 0.0)
+    logits = torch.einsum("oc,nchw->no", weight, y) / (x.shape[2] * x.shape[3])
+    return logits if bias is None else logits + bias
+
+
 def shrink(
     y: Tensor,
     weight: Tensor,

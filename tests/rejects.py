@@ -41,8 +41,8 @@ MAP_MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {
 
 
 def axis(t: Tensor) -> int:
-    """A dimension of a parameter whose size another argument fixes: inputs of a convolution."""
-    return 1 if t.dim() == 4 else 0
+    """A dimension of a parameter whose size another argument fixes: the inputs of a layer."""
+    return 1 if t.dim() > 1 else 0
 
 
 TENSOR_MISTAKES: dict[str, tuple[Mistake, tuple[str, ...]]] = {

@@ -330,9 +330,25 @@ STEMS = [
     replace(_IMAGE, name="stem_batch_0", n=0),
 ]
 
+# ------------------------------------------------------------------------------------------- heads
+
+_HEAD = Row("head", c=48, m=48, o=100, h=7, w=7, norm="layer", skip=False)
+
+HEADS = [
+    replace(_HEAD, name="head_5m", c=288, o=1000, n=1, slow=True),
+    replace(_HEAD, name="head_1m_small", c=168, o=30),
+    replace(_HEAD, name="head_small"),
+    replace(_HEAD, name="head_21x3x5_no_bias", c=21, o=33, h=3, w=5, n=5, bias=False),
+    replace(_HEAD, name="head_plain_norm", c=20, o=7, h=3, w=35, norm="none"),
+    replace(_HEAD, name="head_one_pixel", c=13, o=5, h=1, w=1, n=9),
+    replace(_HEAD, name="head_one_channel", c=1, o=6, h=4, w=4),
+    replace(_HEAD, name="head_one_output", c=66, o=1, h=2, w=20, n=4),
+    replace(_HEAD, name="head_batch_0", n=0),
+]
+
 TABLE: list[Row] = [*OFFICIAL, *DETECTION, *SWITCHES, *ODD]
-_BY_NAME = {row.name: row for row in [*TABLE, *STEMS]}
-assert len(_BY_NAME) == len(TABLE) + len(STEMS), "two rows share a name"
+_BY_NAME = {row.name: row for row in [*TABLE, *STEMS, *HEADS]}
+assert len(_BY_NAME) == len(TABLE) + len(STEMS) + len(HEADS), "two rows share a name"
 
 
 # ------------------------------------------------------------------------------------------ views
@@ -395,12 +411,18 @@ def stem_rows() -> list[Row]:
     return list(STEMS)
 
 
+def head_rows() -> list[Row]:
+    """The ends of networks."""
+    return list(HEADS)
+
+
 VIEWS: dict[str, Callable[[], list[Row]]] = {
     "conv_norm_act": stem_rows,
     "depthwise_conv2d": depthwise_rows,
     "expand": expand_rows,
     "window_attention": attention_rows,
     "shrink": shrink_rows,
+    "norm_pool_linear": head_rows,
     "irmb": block_rows,
 }
 

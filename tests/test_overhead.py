@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+from cases import STEMS
 
 from emo_kernels import _C, accelerate, backends, ops
 from emo_kernels.cpu import bound
@@ -22,7 +23,6 @@ QUIET_MICROSECONDS = 2.3
 LIMITS = {"no gradient": 8.0, "gradient": 20.0}
 # One call instead of five, with 20 tensors and 14 switches to carry.
 WHOLE_BLOCK_LIMITS = {"no gradient": 13.0, "gradient": 27.0}
-STEMS = ("conv_norm_act", "window_attention", "expand", "depthwise_conv2d", "shrink", "irmb")
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def calls(x):
     """Each torch op as the public function calls it, without argument checks and resolution."""
     vector, square = torch.zeros(8), torch.zeros(8, 8, 1, 1)
     qk, qk_bias = torch.zeros(16, 8, 1, 1), torch.zeros(16)
+    matrix = torch.zeros(8, 8)
     stencil, dense = torch.zeros(8, 1, 3, 3), torch.zeros(8, 8, 3, 3)
     weights = IRMBWeights(
         norm_weight=vector, norm_bias=vector, norm_mean=vector, norm_var=vector, v_weight=square,
@@ -79,6 +80,7 @@ def calls(x):
         "conv_norm_act": (x, dense, vector, vector, vector, vector, vector, 1, 1, 1, 1e-6, "silu"),
         "depthwise_conv2d": (x, stencil, 1, 1, 1),
         "shrink": (x, square, vector, vector, x, x, None, None),
+        "norm_pool_linear": (x, matrix, vector, vector, vector, 1e-6),
         "irmb": (x, list(weights), *spec),
     }
     public = {
@@ -87,6 +89,7 @@ def calls(x):
         "conv_norm_act": lambda: ops.conv_norm_act(x, dense, *[vector] * 5, act="silu"),
         "depthwise_conv2d": lambda: ops.depthwise_conv2d(x, stencil),
         "shrink": lambda: ops.shrink(x, square, vector, vector, x, x),
+        "norm_pool_linear": lambda: ops.norm_pool_linear(x, matrix, vector, vector, vector),
         "irmb": lambda: ops.irmb(x, weights, spec),
     }
     registered = {

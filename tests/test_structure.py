@@ -24,8 +24,8 @@ LAYERS = (
     ("backends",),
     ("ops",),
     ("nn",),
-    ("structure", "swap", "graphs", "stem", "link", "train_block", "integrations", "models")
-    + ("explain", "accelerate"),
+    ("structure", "swap", "graphs", "stem", "tail", "link", "train_block", "integrations")
+    + ("models", "explain", "accelerate"),
     ("measure", "cli", "__main__", "__init__"),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -60,6 +60,7 @@ namespace {
   }
 
 EMO_KERNEL_FOR(ConvNormActCall, conv_norm_act_kernel, )
+EMO_KERNEL_FOR(NormPoolLinearCall, norm_pool_linear_kernel, )
 EMO_KERNEL_FOR(PixelsCall, pixels_kernel, )
 EMO_KERNEL_FOR(DepthwiseCall, depthwise_conv2d_kernel, )
 EMO_KERNEL_FOR(DepthwiseBackwardCall, depthwise_conv2d_backward_kernel, )
@@ -121,6 +122,12 @@ void conv_norm_act(const ConvNormActCall& c) {
             c.threads >= 1 && c.act >= Activation::kNone && c.act <= Activation::kSilu,
         "conv_norm_act: sizes");
   check(c.x && c.out && c.weight && !c.norm_mean == !c.norm_var, "conv_norm_act: a null pointer");
+  launch(c);
+}
+
+void norm_pool_linear(const NormPoolLinearCall& c) {
+  check(c.C >= 1 && c.H >= 1 && c.W >= 1 && c.O >= 1 && c.threads >= 1, "norm_pool_linear: sizes");
+  check(c.x && c.out && c.weight, "norm_pool_linear: a null pointer");
   launch(c);
 }
 

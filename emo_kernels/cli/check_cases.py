@@ -52,6 +52,16 @@ def _conv_norm_act(act: str) -> Case:
     return Case(f"conv_norm_act {act}", shapes, call, differentiable=False)
 
 
+def _norm_pool_linear() -> Case:
+    def call(t: Tensors, backend: str) -> Tensor:
+        with torch.inference_mode():
+            return ops.norm_pool_linear(**t, backend=backend)
+
+    shapes: dict[str, Shape] = {"x": (2, 21, 7, 5), "weight": (33, 21), "bias": (33,)}
+    shapes |= dict.fromkeys(("norm_weight", "norm_bias"), (21,))
+    return Case("norm_pool_linear", shapes, call, differentiable=False)
+
+
 def _depthwise_conv2d(kernel: int, stride: int) -> Case:
     def call(t: Tensors, backend: str) -> Tensor:
         return ops.depthwise_conv2d(t["x"], t["weight"], stride=stride, backend=backend)
@@ -129,6 +139,7 @@ CASES = (
     _expand("layer", "gelu"),
     *(_window_attention(mode, wide) for mode in ("grid", "block") for wide in (False, True)),
     _shrink(),
+    _norm_pool_linear(),
     _irmb("batch norm, silu, k3", _CONV, 24, 50, 24, 3),
     _irmb("layer norm, gelu, k5 s2", _DOWN, 21, 84, 40, 5),
     _irmb("layer norm, gelu, k5, attention", _ATTN, 40, 120, 40, 5),

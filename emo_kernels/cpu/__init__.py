@@ -21,6 +21,11 @@ from emo_kernels.cpu.expand import expand, expand_backward, expand_unsupported
 from emo_kernels.cpu.irmb import irmb, irmb_bind, irmb_unsupported
 from emo_kernels.cpu.irmb_training import irmb_training_unsupported
 from emo_kernels.cpu.irmb_training import keeps_local_gradient as keeps_local_gradient
+from emo_kernels.cpu.norm_pool_linear import (
+    norm_pool_linear,
+    norm_pool_linear_bind,
+    norm_pool_linear_unsupported,
+)
 from emo_kernels.cpu.shrink import (
     shrink,
     shrink_backward,
@@ -53,6 +58,9 @@ __all__ = [
     "irmb_bind",
     "irmb_training_unsupported",
     "irmb_unsupported",
+    "norm_pool_linear",
+    "norm_pool_linear_bind",
+    "norm_pool_linear_unsupported",
     "shrink",
     "shrink_backward",
     "shrink_statistics",

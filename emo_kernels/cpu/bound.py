@@ -52,7 +52,7 @@ def bind(
     kernel: _C.Prepared,
     x: Tensor,
     strides: Sequence[int],
-    out_shape: tuple[int, int, int, int],
+    out_shape: tuple[int, ...],
     conditions: Conditions,
     *,
     memory_format: torch.memory_format | None = None,
@@ -65,7 +65,7 @@ def bind(
     Args:
         kernel: for maps of x's shape and dtype.
         strides: of those maps.
-        out_shape: of the result, whose pixels are dense.
+        out_shape: of the result, a map whose pixels are dense or a matrix.
         memory_format: what brings other maps into these strides; ``None``: they are not taken.
     """
     tensors = [place.get(key) for place, key in conditions.weights]
@@ -80,7 +80,7 @@ def bind(
         map_strides=strides,
         layout=memory_format,
         shape=out_shape,
-        strides=layout.strides(*out_shape[1:]),
+        strides=layout.strides(*out_shape[1:]) if len(out_shape) == 4 else (out_shape[1], 1),
         places=[*conditions.places, (forward_ad.__dict__, "_current_level")],
         empty=conditions.empty,
         weights=conditions.weights,

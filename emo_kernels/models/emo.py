@@ -50,11 +50,15 @@ class EMO(EMOStages):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The normalised map of the last stage, (N, num_features, ceil(H / 32), ceil(W / 32))."""
+        out: Tensor = self.norm(self.trunk(x))
+        return out
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """The map of the last stage as it leaves it, before :meth:`forward_features`' norm."""
         check_map("EMO", x, self.in_chans)
         for index in range(5):
             x = self.run_stage(index, x)
-        out: Tensor = self.norm(x)
-        return out
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mean over pixels, then logits; with ``pre_logits`` the mean itself."""

@@ -69,11 +69,20 @@ def _names(schema: str) -> tuple[str, ...]:
     return tuple(argument.split()[1] for argument in schema.split(", ") if argument)
 
 
+def _memory_format(dims: int) -> torch.memory_format:
+    """Of results: maps are channels_last."""
+    return torch.channels_last if dims == 4 else torch.contiguous_format
+
+
 def empty_map(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """A fake result: (N, C, H, W), channels_last, dtype and device of ``like``."""
+    """A fake result: (N, C, H, W), channels_last, or (N, O); dtype and device of ``like``."""
     return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+        shape, dtype=like.dtype, device=like.device, memory_format=_memory_format(len(shape))
     )
+
+
+def _in_format(result: Tensor) -> Tensor:
+    return result.contiguous(memory_format=_memory_format(result.dim()))
 
 
 def empty_gradients(
@@ -128,14 +137,14 @@ class Operator:
         name: the operator's stem.
         tensors: schema of the tensor arguments, in order.
         options: schema of the remaining arguments, in order.
-        shape: the output's (N, C, H, W), called as the backends are.
+        shape: the output's (N, C, H, W) or (N, O), called as the backends are.
         extras: schema of further tensors that its backward kernels take in a training step of the
             whole block; ``None``: it has no backward kernels.
         norm_at: place of the norm's weight among the tensors, where a training batch norm's
             ``affine`` may stand for the norm.
         identity_at: place of a tensor whose gradient is the output's.
 
-    Outputs are channels_last, whatever the inputs are and whoever runs it.
+    Maps come out channels_last, whatever the inputs are and whoever runs it.
     """
 
     def __init__(
@@ -207,7 +216,7 @@ class Operator:
     def _run(self, *args: Any) -> Tensor:
         run = backends.function(args[-1], self.name)
         positional, keyword = self.from_schema(args[:-1])
-        return run(*positional, **keyword).contiguous(memory_format=torch.channels_last)
+        return _in_format(run(*positional, **keyword))
 
     def _fake(self, *args: Any) -> Tensor:
         positional, keyword = self.from_schema(args[:-1])
@@ -234,8 +243,7 @@ class Operator:
     def _differentiate(self, *args: Any) -> Tensor:
         if forward_ad._current_level >= 0:  # a torch op without a rule gives a zero tangent
             positional, keyword = self.from_schema(args[:-1])
-            output = backends.function("reference", self.name)(*positional, **keyword)
-            return output.contiguous(memory_format=torch.channels_last)
+            return _in_format(backends.function("reference", self.name)(*positional, **keyword))
         tensors = self.tensors(args)
         if needs_gradient(tensors):
             return _Gradient.apply(self, args, *tensors)

@@ -21,6 +21,7 @@ from emo_kernels.reference.depthwise_conv2d import (
 from emo_kernels.reference.expand import expand, expand_backward
 from emo_kernels.reference.expand_depthwise import expand_depthwise, expand_depthwise_statistics
 from emo_kernels.reference.irmb import irmb
+from emo_kernels.reference.norm_pool_linear import norm_pool_linear
 from emo_kernels.reference.shrink import shrink, shrink_backward, shrink_statistics
 from emo_kernels.reference.squeeze import squeeze, squeeze_backward
 from emo_kernels.reference.window_attention import window_attention, window_attention_backward
@@ -39,6 +40,7 @@ __all__ = [
     "expand_depthwise",
     "expand_depthwise_statistics",
     "irmb",
+    "norm_pool_linear",
     "shrink",
     "shrink_backward",
     "shrink_statistics",

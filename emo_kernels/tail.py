@@ -1,0 +1,130 @@
+"""The end of a network, norm, mean and head, swapped for one fused operator in inference.
+
+Recognised by structure: a model that has its blocks behind a method ``trunk``, and whose forward is
+``head(norm(trunk(x)).mean((2, 3)))``, a layer norm over channels and a linear layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emo_kernels import backends, ops, reference
+from emo_kernels.ops.registration import runs_standard_operators
+from emo_kernels.structure import Reading, UnreadableError
+from emo_kernels.swap import (
+    SwappedForward,
+    choose,
+    disagreement,
+    own_forward,
+    restore_module,
+)
+
+_METHODS = ("trunk", "forward_features", "forward_head")  # whose change changes the forward
+
+
+def find_tails(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of every network with such an end."""
+    return ((path, m) for path, m in model.named_modules() if _looks_like_tail(m))
+
+
+def _looks_like_tail(module: nn.Module) -> bool:
+    children = module._modules
+    return (
+        callable(getattr(module, "trunk", None))
+        and children.keys() >= {"norm", "head"}
+        and type(children["head"]) is nn.Linear
+    )
+
+
+class TailReading(Reading):
+    """The tensors and options of one tail; ``spec`` is what ``ops.norm_pool_linear`` takes."""
+
+    spec: dict[str, Any]  # type: ignore[assignment]
+
+    def _read(self, model: nn.Module) -> dict[str, Any]:  # type: ignore[override]
+        for name in _METHODS:
+            self._places.append((model.__dict__, name))
+            if name in model.__dict__:
+                raise UnreadableError(f"its {name} was replaced")
+        head = self._child(model, "head", "head")
+        if type(head) is not nn.Linear:
+            raise UnreadableError("its head is no torch.nn.Linear")
+        self._parameters(head, "weight", "bias")
+        norm = self._read_norm(self._child(model, "norm", "norm"))
+        if norm["norm"] != "layer":
+            raise UnreadableError("its norm is no layer norm over channels")
+        del self._tensors[4:]  # statistics, which a layer norm has not
+        return {"eps": norm["norm_eps"]}
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """weight, bias and the norm's two, as they are now."""
+        return tuple(None if place is None else place[0].get(place[1]) for place in self._tensors)
+
+
+class AcceleratedTail(SwappedForward[TailReading]):
+    """The forward of a network with an accelerated tail: its own but for norm, mean and head."""
+
+    read = TailReading
+
+    def __init__(self, block: nn.Module, backend: str | None) -> None:
+        super().__init__(block, backend)
+        self._bound_tail: Callable[[Tensor], Tensor | None] | None = None  # of the trunk's map
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_bound_tail": None}
+
+    def decide(self, x: Tensor, reading: TailReading) -> Tensor:
+        """The trunk, then the backend's kernel if it takes this call; else the own forward."""
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(x.device.type)
+            or runs_standard_operators(x)
+        ):
+            return own_forward(self.block, x)
+        y: Tensor = self.block.trunk(x)  # type: ignore[operator]
+        out = None if self._bound_tail is None else self._bound_tail(y)
+        return self._compute(y, reading) if out is None else out
+
+    def _compute(self, y: Tensor, reading: TailReading) -> Tensor:
+        tensors, operator = reading.tensors(), "norm_pool_linear"
+        backend = choose(operator, self.backend, y, *tensors, **reading.spec)
+        if backend is None:
+            return reference.norm_pool_linear(y, *tensors, **reading.spec)  # type: ignore[arg-type]
+        out = ops.norm_pool_linear(y, *tensors, **reading.spec, backend=backend)  # type: ignore[arg-type]
+        self._bound_tail = None
+        if backends.has(backend, f"{operator}_bind"):
+            bind = backends.function(backend, f"{operator}_bind")
+            self._bound_tail = bind(y, *tensors, conditions=reading.conditions(), **reading.spec)
+        return out
+
+
+def accelerate_tails(model: nn.Module, backend: str | None) -> None:
+    """Swap every tail that computes what its structure says; the others stay, which is no fault."""
+    for _, network in find_tails(model):
+        if unreadable_tail(network) is None:
+            restore_module(network)
+            network.forward = AcceleratedTail(network, backend)
+
+
+def unreadable_tail(network: nn.Module) -> str | None:
+    """Why ``network`` computes something else than its structure says, or ``None``."""
+    try:
+        reading = TailReading(network)
+    except UnreadableError as reason:
+        return str(reason)
+    tensors = reading.tensors()
+    first = next((m.weight for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or first.is_meta:
+        return "it has no convolution of an image, or weights without values"
+
+    def computes(x: Tensor) -> Tensor:
+        y = network.trunk(x)  # type: ignore[operator]
+        return reference.norm_pool_linear(y, *tensors, **reading.spec)  # type: ignore[arg-type]
+
+    image = torch.randn(1, first.shape[1], 33, 33, generator=torch.Generator().manual_seed(0))
+    return disagreement(network, image.to(first), computes, "norm, mean and head of its trunk")
