@@ -27,7 +27,13 @@ SOURCES = {
     "baseline": _BASELINE,
     "kernels": ("emo_kernels", "bench/campaign_variants.py", "bench/campaign_kernels.py"),
     "tests": ("emo_kernels", "tests"),
-    "cuda": ("csrc/cuda", "emo_kernels/cuda", "bench/campaign_cuda.py"),
+    "cuda": (
+        "csrc/cuda",
+        "emo_kernels/cuda",
+        "bench/campaign_cuda.py",
+        "bench/campaign_cuda_depthwise.py",
+        "bench/campaign_cuda_expand.py",
+    ),
 }
 Save = Callable[[dict[str, Any]], None]
 State = dict[str, Any]
@@ -71,7 +77,7 @@ PARTS = [
     Part("ours emo_5m train", 150, 40),
     Part("check emo_5m train bf16 autocast", 90, 20),
     Part("kernels emo_5m train", 75, 25),
-    Part("cuda depthwise", 120, 40, sources="cuda"),
+    Part("cuda kernels", 180, 40, sources="cuda"),
     *_compile("emo_5m", "train", 150),
     Part("infer emo_5m", 100, 30),
     Part("profile emo_5m train", 45, 20),
@@ -90,6 +96,7 @@ PARTS = [
     *_compile("emo_1m", "infer", 100),
     Part("kernels emo_1m train", 60, 25),
     Part("kernels emo_5m infer", 60, 25),
+    Part("cuda sanitizer", 240, 60, sources="cuda"),
 ]
 
 
@@ -127,6 +134,8 @@ def run_part(name: str, context: Context) -> dict[str, Any]:
     if kind == "cuda":
         import campaign_cuda
 
+        if words == ["sanitizer"]:
+            return campaign_cuda.sanitize(context.place, ROOT, context.limit)
         commit = str(context.state.get("commit", "unknown"))
         return campaign_cuda.prove(context.place, context.out, commit, context.save)
     if kind in ("check", "kernels", "profile"):

@@ -109,6 +109,11 @@ def _status(parts: dict[str, Any], names: list[str], prints: dict[str, str]) -> 
 
 
 def _part(data: dict[str, Any]) -> list[str]:
+    if "absent" in data:
+        return [data["absent"]]
+    if "tools" in data:
+        tools = data["tools"].items()
+        return [f"- {name}: {'right' if row['ok'] else row['says']}" for name, row in tools]
     if "passed" in data:
         failed = [f"- failed: {name}" for name in data["failed"]]
         ended = "" if data["finished"] else ", stopped at the limit"
@@ -194,7 +199,7 @@ def _rivals(timings: list[dict[str, Any]]) -> list[str]:
     table = []
     for row in timings:
         ms = row["ms"]
-        others = [value for name, value in ms.items() if name not in ("cuda", "triton")]
+        others = [value for name, value in ms.items() if name.split()[0] not in ("cuda", "triton")]
         ratio = f"x{min(others) / ms['cuda']:.2f}" if others and ms.get("cuda") else ""
         rate = f"{row['bytes'] / ms['cuda'] / 1e6:.0f}" if ms.get("cuda") else ""
         times = [f"{1e3 * ms[name]:.1f}" if name in ms else "" for name in names]

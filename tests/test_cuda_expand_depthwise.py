@@ -182,6 +182,7 @@ def test_whole_numbers_are_exact(device: str, dtype: str, k: int, stride: int) -
         pytest.param((1, 16, 90, 10), 32, 5, 1, id="segments_of_rows"),
         pytest.param((560, 8, 4, 3), 16, 3, 1, id="several_units_a_block"),
         pytest.param((300, 6, 3, 9), 20, 5, 2, id="several_units_in_single_elements"),
+        pytest.param((140, 8, 1, 60), 64, 3, 1, id="other_columns_in_a_block"),
         pytest.param((2, 40, 9, 9), 2, 3, 1, id="two_channels"),
         pytest.param((1, 8, 4, 6), 700, 3, 1, id="many_chunks"),
     ],

@@ -70,7 +70,8 @@ def test_a_dry_run_is_resumed(tmp_path: Path) -> None:
         "infer emo_5m",
         "profile emo_5m train",
         "tests fp32",
-        "cuda depthwise",
+        "cuda kernels",
+        "cuda sanitizer",
     ],
 )
 def test_every_kind_of_part(tmp_path: Path, kind: str) -> None:
@@ -89,6 +90,9 @@ def test_every_kind_of_part(tmp_path: Path, kind: str) -> None:
     if kind.startswith(("check", "kernels")) and HAS_TRITON:
         assert data["rows"] and not any("absent" in row for row in data["rows"])
         assert data.get("failed", 0) == 0, [row for row in data["rows"] if not row["ok"]]
+    if kind == "cuda kernels":
+        assert data["failed"] == 0, [row for row in data["rows"] if not row["ok"]]
+        assert all("cuda" in row["ms"] for row in data["timings"])
     assert kind in (tmp_path / "results.md").read_text()
 
 

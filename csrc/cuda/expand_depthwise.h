@@ -153,6 +153,9 @@ class ExpandDepthwise {
   }
 
   EMO_KERNEL T rounded(int64_t index) const {
+    if (args_.weight.dtype == DType::kFloat32) {  // without the detour over fp64
+      return narrow<T>(read(static_cast<const float*>(args_.weight.data) + index));
+    }
     return narrow<T>(static_cast<float>(element(args_.weight, index)));
   }
 
