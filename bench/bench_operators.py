@@ -22,9 +22,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from emo_kernels import backends, ops, reference
 
-ROWS = {row.name: row for row in (*shapes.TABLE, *shapes.stem_rows())}
+ROWS = {row.name: row for rows in (shapes.TABLE, shapes.STEMS, shapes.HEADS) for row in rows}
 LAYERS = [f"5m_stage{stage}" for stage in (1, 2, 3, 4)]
 MAPS = ("x", "y", "local", "residual")
+
+
+def _layers(stem: str) -> list[str]:
+    """Every stage that has the operator; of the ends of a network, their first shape."""
+    names = [row.name for row in shapes.VIEWS[stem]()]
+    if "5m_stage4" not in names:
+        return names[:1]
+    return [n for n in LAYERS if stem != "window_attention" or ROWS[n].head_dim]
 
 
 def _cases() -> list[Any]:
@@ -34,9 +42,7 @@ def _cases() -> list[Any]:
         ways = ["forward"]
         if backends.has("cpu", f"{stem}_backward"):
             ways.append("backward")
-        for layer in ["stem_224"] if stem == "conv_norm_act" else LAYERS:
-            if stem == "window_attention" and not ROWS[layer].head_dim:
-                continue
+        for layer in _layers(stem):
             found += [(stem, layer, b, way) for b in ("reference", "cpu") for way in ways]
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def test_profile_tells_operators_and_blocks_and_writes_traces(
     plain, accelerated = capsys.readouterr().out.split("accelerated, 1 forward passes")
     for words in ("aten::convolution", "stage3.1  reference", "(rest)", "% of floor"):
         assert words in plain
-    for words in ("emo_kernels::irmb           cpu", "stage3.1  cpu", "(rest)", "% of floor"):
+    assert re.search(r"^emo_kernels::irmb +cpu +6 ", accelerated, re.MULTILINE)
+    assert re.search(r"^emo_kernels::norm_pool_linear +cpu +1 ", accelerated, re.MULTILINE)
+    for words in ("stage3.1  cpu", "(rest)    cpu", "% of floor"):
         assert words in accelerated
     assert {path.name for path in tmp_path.iterdir()} == {"plain.json", "accelerated.json"}
     names = {name: ranges(tmp_path / f"{name}.json") for name in ("plain", "accelerated")}

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from emo_kernels.explain import explain, format_table
 
-REST = "(rest)"  # last norm, pooling, head
+REST, TAIL = "(rest)", "norm_pool_linear"  # last norm, pooling, head
 # Layer of a block -> the operator it is, or the longest part of.
 _LAYERS = {
     "norm": "expand",
@@ -67,14 +67,19 @@ def floor_seconds(flops: int, moved: int, limits: dict[str, Any], dtype: str) ->
 def count(model: nn.Module, plain: nn.Module, x: Tensor) -> dict[str, Part]:
     """The parts of ``model`` by path, nothing timed yet; counted on its ``plain`` twin."""
     rows = explain(model, x).rows
-    parts = {row.path: Part(row.path, 0, 0, row.inference, row.operator) for row in rows}
+    parts = {
+        row.path: Part(row.path, 0, 0, row.inference, row.operator)
+        for row in rows
+        if row.operator != TAIL
+    }
+    tail = next((row.inference for row in rows if row.operator == TAIL), "PyTorch")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         plain(x)
     counts, name = counter.get_flop_counts(), type(plain).__name__
     for path, part in parts.items():
         part.flops = sum(counts.get(f"{name}.{path}", {}).values())
     rest = counter.get_total_flops() - sum(part.flops for part in parts.values())
-    return parts | {REST: Part(REST, rest, x.element_size() * x.numel(), "PyTorch")}
+    return parts | {REST: Part(REST, rest, x.element_size() * x.numel(), tail, TAIL)}
 
 
 def measure(model: nn.Module, x: Tensor, parts: dict[str, Part], rounds: int) -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from emo_kernels.explain import format_table
-from emo_kernels.measure.breakdown import Part, floor_seconds
+from emo_kernels.measure.breakdown import REST, Part, floor_seconds
 
 _OURS = "emo_kernels"
 
@@ -83,7 +83,7 @@ class _Timer(TorchDispatchMode):
         ours = name.startswith(_OURS)
         backend = str(args[-1]) if ours and isinstance(args[-1], str) else "PyTorch"
         if ours:
-            flops = self.parts[self.within[-1]].flops if self.within else 0
+            flops = self.parts[self.within[-1] if self.within else REST].flops
         else:
             count = flop_registry.get(func._overloadpacket)
             flops = int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
