@@ -7,7 +7,8 @@ environment variable ``EMO_KERNELS_CUDA_PROOF``.
 A family of kernels is a module with ``FUNCTIONS`` and, for each of its ``layers(models, size)``,
 operands ``tensors_of(layer, n, dtype, device)``, a backend's call ``call_of(namespace, function,
 tensors, layer)``, what else computes the same, ``rivals(function, tensors, layer)``, and the
-``maps(function, tensors, layer)`` that a call must move.
+``maps(function, tensors, layer)`` that a call must move. It may have a ``refusal(layer, dtype,
+device)``: why the kernels leave a layer to others on this machine.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import campaign_cuda_blocks
 import campaign_cuda_depthwise
 import campaign_cuda_expand
 import torch
@@ -33,7 +35,11 @@ from emo_kernels.triton.tune import milliseconds
 
 Save = Callable[[dict[str, Any]], None]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FAMILIES: tuple[Any, ...] = (campaign_cuda_depthwise, campaign_cuda_expand)
+FAMILIES: tuple[Any, ...] = (
+    campaign_cuda_depthwise,
+    campaign_cuda_expand,
+    campaign_cuda_blocks,
+)
 
 
 def check(
@@ -95,6 +101,9 @@ def prove(place: Place, out: Path, commit: str, save: Save) -> dict[str, Any]:
             shape = f"{layer.name}: {layer.shape}"
             row: dict[str, Any] = {"function": function, "dtype": dtype, "shape": shape}
             try:
+                if (reason := _refusal(family, layer, kind, place)) is not None:
+                    rows.append(row | {"ok": True, "refused": reason})
+                    continue
                 row |= check(family, layer, function, 2 if place.dry else 8, kind, place.device)
             except Exception as error:
                 row |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
@@ -106,6 +115,11 @@ def prove(place: Place, out: Path, commit: str, save: Save) -> dict[str, Any]:
         data["timings"].append(time_all(*call, 2 if place.dry else 256, place))
         save(data)
     return data
+
+
+def _refusal(family: Any, layer: Any, dtype: torch.dtype, place: Place) -> str | None:
+    asked = getattr(family, "refusal", None)
+    return None if asked is None else asked(layer, dtype, place.device)
 
 
 def _layers(family: Any, place: Place) -> list[Any]:

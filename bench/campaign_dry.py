@@ -6,11 +6,12 @@ fails here too. Captured graphs run nothing when replayed; memory is always 0.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +32,9 @@ class _Event:
 
 
 class _Stream:
+    def __init__(self, device: Any = None) -> None:
+        pass
+
     def wait_stream(self, stream: _Stream) -> None:
         assert isinstance(stream, _Stream)
 
@@ -49,7 +53,9 @@ def _stream(stream: _Stream) -> Iterator[None]:
 
 
 @contextmanager
-def _graph(cuda_graph: _Graph, pool: Any = None, stream: Any = None) -> Iterator[None]:
+def _graph(
+    cuda_graph: _Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
     yield
     cuda_graph.captured = True
 
@@ -75,6 +81,9 @@ def no_gpu_needed() -> Iterator[None]:
         "graph": _graph,
         "stream": _stream,
         "current_stream": lambda device=None: stream,
+        "device": lambda device: nullcontext(),
+        "graph_pool_handle": lambda: None,
+        "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
         "memory_allocated": lambda device=None: 0,
@@ -84,4 +93,8 @@ def no_gpu_needed() -> Iterator[None]:
     with ExitStack() as stack:
         for name, value in replacements.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        # The models' own graphs: on the CPU, whatever torch.cuda says of GPUs.
+        stack.enter_context(mock.patch("emo_kernels.graphs.DEVICE", "cpu"))
+        accelerate = importlib.import_module("emo_kernels.accelerate")
+        stack.enter_context(mock.patch.object(accelerate, "check_capturable"))
         yield

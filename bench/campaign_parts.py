@@ -33,6 +33,7 @@ SOURCES = {
         "bench/campaign_cuda.py",
         "bench/campaign_cuda_depthwise.py",
         "bench/campaign_cuda_expand.py",
+        "bench/campaign_cuda_blocks.py",
     ),
 }
 Save = Callable[[dict[str, Any]], None]
@@ -165,9 +166,16 @@ def _inference_part(words: list[str], context: Context) -> State:
     """Both batch sizes; with a mode of torch.compile, or all that is not compiled."""
     from campaign_variants import Job, eager_names, measure
 
+    from emo_kernels.cuda.proof import PROOF_VARIABLE
+
+    # Where this campaign has proven the CUDA kernels, they are chosen.
+    proof_file = context.out / "cuda_proven.json"
+    if proof_file.is_file():
+        os.environ.setdefault(PROOF_VARIABLE, str(proof_file))
     ours = ["ours", "ours graph", "ours bf16", "ours bf16 graph"]
+    ours += ["ours bf16 cuda_graphs", "ours bf16 triton graph"]
     if len(words) > 1:
-        names = ["eager bf16 channels_last", *ours[2:], f"compile {words[2]}"]
+        names = ["eager bf16 channels_last", "eager bf16 graph", *ours[2:], f"compile {words[2]}"]
     else:
         names = [*eager_names("infer"), *ours]
     context.warm(words[0], "infer", *(["bf16"] if len(words) > 1 else ["bf16 autocast", "bf16"]))

@@ -72,6 +72,8 @@ class Variant:
     depthwise: str | None = None  # torch.backends.cudnn.depthwise_kernel, where torch has it
     compile: str | None = None  # mode of torch.compile
     graph: bool = False  # captured as a CUDA graph
+    own_graph: bool = False  # by accelerate(cuda_graphs=True)
+    backend: str | None = None  # of ours
 
 
 _TRAIN = [
@@ -96,6 +98,8 @@ _INFER = [
     *(replace(v, precision="bf16") for v in _TRAIN if v.compile),
     Variant("ours bf16", ours=True, precision="bf16"),
     Variant("ours bf16 graph", ours=True, precision="bf16", graph=True),
+    Variant("ours bf16 cuda_graphs", ours=True, precision="bf16", own_graph=True),
+    Variant("ours bf16 triton graph", ours=True, precision="bf16", graph=True, backend="triton"),
 ]
 VARIANTS = {"train": {v.name: v for v in _TRAIN}, "infer": {v.name: v for v in _INFER}}
 
@@ -125,7 +129,8 @@ def build(job: Job, variant: Variant, place: Place) -> Step:
     if variant.ours:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ek.accelerate(model, backend="triton" if place.dry else None)
+            backend = "triton" if place.dry else variant.backend
+            ek.accelerate(model, backend=backend, cuda_graphs=variant.own_graph)
     images = _images(job, variant, place)
     step = (_train_step if job.mode == "train" else _forward)(model, images, variant, place)
     step = _with_depthwise(step, variant.depthwise)
@@ -282,7 +287,7 @@ def _prepare(job: Job, variant: Variant, place: Place) -> tuple[Step, dict[str, 
     step = build(job, variant, place)
     row: dict[str, Any] = {}
     torch.manual_seed(0)
-    if variant.ours and not variant.graph:
+    if variant.ours and not (variant.graph or variant.own_graph):
         first, row["calls"] = _count_calls(step)
     else:
         first = step()

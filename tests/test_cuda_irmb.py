@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import memory
 import oracle
 import pytest
 import shapes
 import torch
 from cases import CASES, function
-from numerics import check_operator
+from numerics import Case, check_operator, round_all, run
 from shapes import Row
+from torch import Tensor
 
-from emo_kernels import _C, reference
-from emo_kernels.cuda import irmb as cuda
+from emo_kernels import _C, cuda, reference
+from emo_kernels.cuda import layout
 from emo_kernels.spec import IRMBWeights
 
+irmb_module = importlib.import_module("emo_kernels.cuda.irmb")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HAS_GPU = torch.cuda.is_available() and _C.build_info()["cuda"]
 ON_GPU = [pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else []
@@ -30,17 +38,205 @@ def refusal(row: Row, dtype: torch.dtype = torch.float32) -> str | None:
 ROWS = [row for row in shapes.VIEWS["irmb"]() if not row.slow and refusal(row) is None]
 
 
-@on_both
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_output(device: str, row: Row, dtype: str) -> None:
+# Attention with padded tokens and without; both strides, 3, 5, 7 and dilated filters; channels that
+# go by 16 bytes, by 4 and one by one.
+FEW = shapes.rows(
+    "odd_c21_m31",
+    "stride_2_8x15_k5",
+    "dilated",
+    "kernel_7",
+    "ragged_c21",
+    "below_window",
+    "block_windows",
+    "q_k_x",
+    "v2_5m_stage1_small",
+)
+
+
+def call(case: Case, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> Tensor:
+    """The kernels on a case's tensors rounded to a dtype, on a device."""
+    tensors = {n: None if t is None else t.to(device) for n, t in case.tensors.items()}
+    rounded = {**round_all(tensors, dtype), **changes}
+    return run(function("irmb", cuda.irmb), rounded, case.options)["out"].cpu()
+
+
+def check(row: Row, dtype: str, device: str = "cpu", case: Case | None = None) -> None:
     check_operator(
         function("irmb", cuda.irmb),
         function("irmb", reference.irmb),
-        CASES["irmb"](row),
+        case or CASES["irmb"](row),
         DTYPES[dtype],
         oracle=oracle.irmb,
         gradients=False,
         device=device,
         name="irmb",
     )
+
+
+# fp16 differs from bf16 in the conversions alone.
+@on_both
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    [
+        pytest.param(row, dtype, id=f"{row}-{dtype}")
+        for row in ROWS
+        for dtype in DTYPES
+        if dtype != "fp16" or row in FEW
+    ],
+)
+def test_output(device: str, row: Row, dtype: str) -> None:
+    check(row, dtype, device)
+
+
+@on_both
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_blocks_that_share_nothing_out(device: str, dtype: str) -> None:
+    """So many images that a block of threads has all expanded channels, and all heads."""
+    small = Row("conv_140", c=6, m=70, o=10, h=3, w=2, n=280, skip=False)
+    check(small, dtype, device)
+    attends = {"norm": "layer", "act": "gelu", "head_dim": 4, "window": 3}
+    check(Row("attention_280", c=8, m=40, o=8, h=3, w=4, n=280, **attends), dtype, device)
+
+
+@on_both
+@pytest.mark.parametrize("row", FEW, ids=str)
+def test_repeats_and_images_agree_to_the_bit(device: str, row: Row) -> None:
+    case = CASES["irmb"](replace(row, n=4))
+    x = case.tensors["x"]
+    assert x is not None
+    out = call(case, torch.bfloat16, device)
+    assert torch.equal(call(case, torch.bfloat16, device), out)
+    order = torch.tensor([2, 0, 3, 1])
+    moved = Case({**case.tensors, "x": x[order]}, case.options)
+    assert torch.equal(call(moved, torch.bfloat16, device), out[order])
+
+
+@on_both
+@pytest.mark.parametrize("layout_name", ["channels_last", "sliced", "offset"])
+@pytest.mark.parametrize("row", shapes.rows("odd_c21_m31", "below_window"), ids=str)
+def test_maps_of_any_layout(device: str, row: Row, layout_name: str) -> None:
+    case = CASES["irmb"](row)
+    x = round_all(case.tensors, torch.bfloat16)["x"]
+    assert x is not None
+    laid = memory.with_layout(x.to(device), layout_name)
+    assert torch.equal(
+        call(case, torch.bfloat16, device, x=laid), call(case, torch.bfloat16, device)
+    )
+
+
+def test_weights_at_odd_addresses() -> None:
+    """Rows that cannot be copied 16 or 4 bytes at a time are brought one by one: the same bits."""
+    case = CASES["irmb"](shapes.rows("below_window")[0])
+    rounded = round_all(case.tensors, torch.bfloat16)
+    shifted: dict[str, Any] = {}
+    for name, tensor in rounded.items():
+        assert tensor is not None
+        storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+        shifted[name] = storage[1:].view(tensor.shape).copy_(tensor)
+        assert shifted[name].data_ptr() % 4 == 2
+    assert torch.equal(call(case, torch.bfloat16, **shifted), call(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("row", shapes.rows("v2_5m_stage1_small", "below_window"), ids=str)
+def test_fp32_weights_with_a_16_bit_map(row: Row) -> None:
+    """As under autocast: what is multiplied is rounded on the way, vectors and filters are not."""
+    case = CASES["irmb"](row)
+    rounded = round_all(case.tensors, torch.bfloat16)
+    wide = {n: t if n == "x" or t is None else t.float() for n, t in rounded.items()}
+    assert torch.equal(call(case, torch.bfloat16, **wide), call(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("row", shapes.rows("stride_2_8x15_k5", "ragged_c21", "5m_stage4"), ids=str)
+def test_in_the_least_shared_memory(row: Row, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller tiles give the same bits, where they fit; else the reason is given."""
+    case = CASES["irmb"](replace(row, n=1))
+    out = call(case, DTYPES[dtype])
+    monkeypatch.setattr(irmb_module, "shared_limit", lambda x: irmb_module._LEAST_SHARED)
+    reason = refusal(row, DTYPES[dtype])
+    if row.name == "5m_stage4" and dtype == "fp32":
+        assert reason is not None and "do not fit" in reason and "101376" in reason
+        with pytest.raises(ValueError, match="do not fit into 101376 bytes"):
+            call(case, DTYPES[dtype])
+        return
+    assert reason is None
+    torch.testing.assert_close(call(case, DTYPES[dtype]), out, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("row", FEW, ids=str)
+def test_special_values_go_where_the_oracle_sends_them(row: Row, value: float) -> None:
+    case = CASES["irmb"](row)
+    x = case.tensors["x"]
+    assert x is not None
+    x[-1, x.shape[1] // 2, x.shape[2] // 2, x.shape[3] // 2] = value
+    check(row, "fp32", case=case)
+
+
+REFUSALS: dict[str, tuple[str, Callable[[], Row]]] = {
+    "squeeze_excite": ("no squeeze-excite", lambda: shapes.rows("excite_with_skip")[0]),
+    "unexpanded": ("need the expanding", lambda: shapes.rows("unexpanded")[0]),
+    "no_stencil": ("need the depthwise", lambda: shapes.rows("attention_only")[0]),
+    "grouped": ("no grouped expansion", lambda: shapes.rows("grouped_v")[0]),
+    "post": ("before the expansion only", lambda: shapes.rows("post_expansion")[0]),
+    "conv_attn": ("before the convolution", lambda: shapes.rows("conv_then_attention")[0]),
+    "both_windows": ("'grid' and 'block'", lambda: shapes.rows("both_windows")[0]),
+    "large_window": ("at most 128 tokens", lambda: replace(shapes.rows("whole_map")[0], h=16)),
+    "wide_output": ("no tile of", lambda: Row("o", c=8, m=8, o=641, h=4, w=4, skip=False)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_the_kernels_do_not_take(name: str) -> None:
+    reason, row = REFUSALS[name]
+    assert reason in str(refusal(row()))
+
+
+def test_fp64_is_refused() -> None:
+    row = shapes.rows("odd_c21_m31")[0]
+    assert "take float32, float16 and bfloat16" in str(refusal(row, torch.float64))
+
+
+def test_wrong_sizes_are_named_by_the_kernels() -> None:
+    """Behind the operator's own checks: a call that does not fit together."""
+    sizes = (1, 4, 3, 3, 8, 4, 3, 1, 1, 1, 0, 0, 0, 232448, 1e-6, 1e-6)
+    assert _C.cuda_irmb_shared_bytes(0, sizes) > 0
+    for place, value in ((4, 0), (2, 2**24)):
+        bad = [*sizes]
+        bad[place] = value
+        with pytest.raises(ValueError, match=r"irmb: .*2\^24"):
+            _C.cuda_irmb_shared_bytes(0, tuple(bad))
+    with pytest.raises(ValueError, match="a skip needs maps of one size"):
+        _C.cuda_irmb_shared_bytes(0, (*sizes[:7], 2, *sizes[8:12], 1, *sizes[13:]))
+    with pytest.raises(ValueError, match="wrong number of sizes"):
+        _C.cuda_irmb_shared_bytes(0, sizes[:-1])
+
+
+def test_published_blocks_fit_twice_on_a_multiprocessor_of_an_h200() -> None:
+    """In 16 bits, all but one; and once into the shared memory of the smallest GPU."""
+    twice = 233472 // 2 - 1024
+    for row in shapes.OFFICIAL:
+        if not row.expands:
+            continue
+        case = CASES["irmb"](replace(row, n=1), data="empty")
+        x = case.tensors["x"]
+        assert x is not None
+        x = x.to(torch.bfloat16)
+        weights = IRMBWeights(**{n: t for n, t in case.tensors.items() if n != "x"})
+        for limit in (232448, irmb_module._LEAST_SHARED):
+            sizes = irmb_module._sizes(x, weights, case.options["spec"], limit)
+            found = _C.cuda_irmb_shared_bytes(layout.DTYPES[x.dtype], sizes)
+            most = limit if row.name == "6m_stage4_down" else min(limit, twice)
+            assert 0 < found <= most, (row, limit)
+
+
+def test_a_launch_without_a_gpu_names_its_kernel() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the launch would succeed: there is a GPU")
+    sizes = (1, 4, 3, 3, 8, 4, 3, 1, 1, 1, 0, 0, 0, 232448, 1e-6, 1e-6)
+    pointers = (0, 0, 0, *[(0, 0)] * 13)
+    with pytest.raises(RuntimeError, match="irmb"):
+        _C.cuda_irmb(0, pointers, sizes, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="irmb"):
+        attention = (1, 4, 3, 3, 2, 7, 0, 0, 232448, 1e-6)
+        _C.cuda_irmb_attention(0, (0, 0, *[(0, 0)] * 6), attention, 0, 0, 0)

@@ -12,8 +12,9 @@
 
 namespace emo_kernels::cuda {
 
-constexpr int kChunk = 32;     // expanded channels at a time
-constexpr int kMostPairs = 5;  // of 8 output channels that a warp has at most
+constexpr int kChunk = 32;       // expanded channels at a time
+constexpr int kReserved = 1024;  // bytes of shared memory that the driver takes of every block's
+constexpr int kMostPairs = 5;    // of 8 output channels that a warp has at most
 
 struct BlockShape {
   int64_t N = 0;
@@ -107,7 +108,10 @@ inline BlockPlan make_block_plan(const BlockShape& s, int strip, int bytes, int 
     for (plan.tile_w = 1; plan.tile_w <= least(s.WO, pixels); ++plan.tile_w) {
       plan.tile_h = least(s.HO, pixels / plan.tile_w);
       if (detail::lay_out(plan, s, strip, bytes) > shared_limit) continue;
-      const double work = detail::work_of(plan, s);
+      // Alone on its multiprocessor, a block's phases overlap with no other's.
+      const bool twice = 2 * (plan.shared + kReserved) <= shared_limit + kReserved;
+      const double alone = twice ? 1.0 : 1.4;
+      const double work = alone * detail::work_of(plan, s);
       if (best.shared != 0 && work >= least_work) continue;
       best = plan;
       least_work = work;

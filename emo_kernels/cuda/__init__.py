@@ -11,9 +11,12 @@ from emo_kernels.cuda.expand_depthwise import (
     expand_depthwise_statistics,
     expand_depthwise_unsupported,
 )
+from emo_kernels.cuda.irmb import irmb, irmb_unsupported
 from emo_kernels.cuda.irmb_training import irmb_training_unsupported
 
 __all__ = [
+    "irmb",
+    "irmb_unsupported",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "depthwise_conv2d_statistics",
