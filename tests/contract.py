@@ -29,7 +29,17 @@ from grid import (
     refusal_of_row,
     slow_motion,
 )
-from numerics import DENSE, Case, Comparison, Layouts, check_draws, check_operator, round_all, run
+from numerics import (
+    DENSE,
+    UNIT_ROUNDOFF,
+    Case,
+    Comparison,
+    Layouts,
+    check_draws,
+    check_operator,
+    round_all,
+    run,
+)
 from shapes import Row
 from torch import Tensor
 
@@ -49,6 +59,8 @@ class OperatorContract:
         few: names of small rows that between them use every switch of the operator.
         integer_rows: names of rows that give exact results on integers.
         tiny: rows of a few dozen numbers, for numerical differentiation.
+        batch_orders_sums: backends whose sums have another order where there are few images, which
+            share out what many need not: to rounding then, to the last bit in equal batches.
     """
 
     operator: ClassVar[str]
@@ -56,6 +68,7 @@ class OperatorContract:
     integer_rows: ClassVar[tuple[str, ...]]
     tiny: ClassVar[tuple[Row, ...]]
     integer_gradients: ClassVar[bool] = True
+    batch_orders_sums: ClassVar[tuple[str, ...]] = ()
 
     # ------------------------------------------------------------------------------------- tools
 
@@ -228,8 +241,12 @@ class OperatorContract:
             return run(kernel, chosen, case.options)["out"]
 
         self.assert_same(part(order), once[order], backend)
-        pieces = [part(slice(0, 3)), part(slice(3, 4)), part(slice(4, 5))]
-        self.assert_same(torch.cat(pieces), once, backend)
+        pieces = torch.cat([part(slice(0, 3)), part(slice(3, 4)), part(slice(4, 5))])
+        if backend in self.batch_orders_sums:
+            error = float((pieces - once).double().norm())
+            assert error <= 4 * UNIT_ROUNDOFF[dtype] * float(once.double().norm())
+        else:
+            self.assert_same(pieces, once, backend)
 
     @staticmethod
     def has_batch(name: str) -> bool:

@@ -13,7 +13,7 @@ import pytest
 import shapes
 import torch
 from cases import CASES, function
-from numerics import Case, check_operator, round_all, run
+from numerics import UNIT_ROUNDOFF, Case, check_operator, round_all, run
 from shapes import Row
 from torch import Tensor
 
@@ -109,6 +109,19 @@ def test_repeats_and_images_agree_to_the_bit(device: str, row: Row) -> None:
     order = torch.tensor([2, 0, 3, 1])
     moved = Case({**case.tensors, "x": x[order]}, case.options)
     assert torch.equal(call(moved, torch.bfloat16, device), out[order])
+
+
+@on_both
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_batches_of_another_size_differ_by_rounding(device: str, dtype: str) -> None:
+    """One image shares its expanded channels out among blocks, many need not."""
+    row = Row("many", c=6, m=70, o=10, h=3, w=2, n=280, skip=False)
+    case = CASES["irmb"](row)
+    out, x = call(case, DTYPES[dtype], device)[:1], case.tensors["x"]
+    assert x is not None
+    one = call(Case({**case.tensors, "x": x[:1]}, case.options), DTYPES[dtype], device)
+    error = float((one.double() - out.double()).norm() / out.double().norm())
+    assert error <= 4 * UNIT_ROUNDOFF[DTYPES[dtype]]
 
 
 @on_both
