@@ -15,8 +15,6 @@ from emo_kernels.cuda.irmb import irmb, irmb_unsupported
 from emo_kernels.cuda.irmb_training import irmb_training_unsupported
 
 __all__ = [
-    "irmb",
-    "irmb_unsupported",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "depthwise_conv2d_statistics",
@@ -24,5 +22,7 @@ __all__ = [
     "expand_depthwise",
     "expand_depthwise_statistics",
     "expand_depthwise_unsupported",
+    "irmb",
     "irmb_training_unsupported",
+    "irmb_unsupported",
 ]
