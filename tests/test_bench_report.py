@@ -86,6 +86,7 @@ def test_the_page_holds_everything(tmp_path: Path) -> None:
     assert page.count("<svg") == 2  # and the roofline
     assert "onnxruntime is absent: &lt;none&gt;" in page
     assert str(torch.get_num_threads()) in page
+    assert "a call that warms up and is not counted" in page
     assert 'src="' not in page
     assert "<link" not in page
 

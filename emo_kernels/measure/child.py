@@ -16,7 +16,7 @@ from pathlib import Path
 
 from emo_kernels.cli.files import write_json
 from emo_kernels.measure.case import Case
-from emo_kernels.measure.engines import is_out_of_memory, isa_environment, short
+from emo_kernels.measure.engines import is_out_of_memory, short
 from emo_kernels.measure.row import Row, measure
 
 # Ctrl-C may come while torch is being imported, too.
@@ -49,7 +49,7 @@ def measure_in_child(
         asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         write_json(asked, request)
         threads = {"OMP_NUM_THREADS": str(case.threads)}
-        environment = {**os.environ, **threads, **isa_environment(case.isa)}
+        environment = {**os.environ, **threads, **_isa_environment(case.isa)}
         command = [sys.executable, "-W", "ignore", "-c", _CHILD, str(asked), str(answer)]
         child = subprocess.Popen(command, env=environment)
         try:
@@ -69,6 +69,23 @@ def measure_in_child(
         elif "error" not in row:
             row |= _death(status)
     return row
+
+
+def _isa_environment(isa: str) -> dict[str, str]:
+    """Environment variables that keep engines to an instruction set, read when a process starts.
+
+    ``EMO_KERNELS_ISA`` is ours; torch's own kernels and the compiler behind ``torch.compile`` read
+    ``ATEN_CPU_CAPABILITY``; oneDNN, inside torch and OpenVINO, ``ONEDNN_MAX_CPU_ISA``; MKL
+    ``MKL_ENABLE_INSTRUCTIONS``. ONNX Runtime has no such switch.
+    """
+    if not isa:
+        return {}
+    return {
+        "EMO_KERNELS_ISA": isa,
+        "ATEN_CPU_CAPABILITY": isa,
+        "ONEDNN_MAX_CPU_ISA": isa.upper(),
+        "MKL_ENABLE_INSTRUCTIONS": isa.upper(),
+    }
 
 
 def _death(status: int) -> Row:

@@ -24,7 +24,7 @@ from emo_kernels.measure.case import Case, Work
 from emo_kernels.measure.gpu_peers import attend_with_natten, captured
 
 OURS = "emo_kernels"
-# Engines that no environment variable of isa_environment() limits.
+# Engines that no environment variable limits to an instruction set.
 UNLIMITED = ("onnxruntime",)
 _COPIES, _ROTATED_BYTES = 16, 32 * 2**20
 
@@ -59,23 +59,6 @@ class Engines:
         """It takes part no longer."""
         self.run.pop(name)
         self.absent[name] = reason
-
-
-def isa_environment(isa: str) -> dict[str, str]:
-    """Environment variables that keep engines to an instruction set, read when a process starts.
-
-    ``EMO_KERNELS_ISA`` is ours; torch's own kernels and the compiler behind ``torch.compile`` read
-    ``ATEN_CPU_CAPABILITY``; oneDNN, inside torch and OpenVINO, ``ONEDNN_MAX_CPU_ISA``; MKL
-    ``MKL_ENABLE_INSTRUCTIONS``. ONNX Runtime has no such switch.
-    """
-    if not isa:
-        return {}
-    return {
-        "EMO_KERNELS_ISA": isa,
-        "ATEN_CPU_CAPABILITY": isa,
-        "ONEDNN_MAX_CPU_ISA": isa.upper(),
-        "MKL_ENABLE_INSTRUCTIONS": isa.upper(),
-    }
 
 
 def build_engines(

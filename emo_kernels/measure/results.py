@@ -14,6 +14,7 @@ from emo_kernels.cli.files import write_json
 from emo_kernels.cli.info import machine
 from emo_kernels.measure.engines import OURS
 from emo_kernels.measure.row import Row
+from emo_kernels.measure.timing import METHOD
 
 _ROOT = Path(__file__).parents[2]
 
@@ -53,7 +54,7 @@ class Results:
 
     def data(self) -> dict[str, Any]:
         """What the file holds."""
-        return {"machine": self.machine, "rows": self.rows}
+        return {"machine": self.machine, "method": METHOD, "rows": self.rows}
 
     def is_done(self, name: str) -> bool:
         """Whether a complete row of this name, of the same commit, is there."""

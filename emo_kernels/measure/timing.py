@@ -16,7 +16,16 @@ import torch
 from emo_kernels.cli.progress import Progress
 
 _TURN = 0.04  # seconds: a shorter call is repeated within a turn
+_MOST = 25  # calls of a turn
 _LONG = 0.25  # seconds: a call this long needs no uncounted one in front of it
+METHOD = (
+    "Engines take turns in one process, in an order that rotates, after each agreed with an fp64 "
+    "oracle. A turn is a pause of 20 ms, a call that warms up and is not counted, and the median "
+    f"of up to {_MOST} calls; the call that built the engine and the one that was judged came "
+    "before. Inputs rotate through copies, so that none is found in the caches. Threads are kept "
+    "on as many processors. A median's interval holds it in 95 % of such runs; a ratio is the "
+    "median over rounds of one engine's time over the other's in the same round."
+)
 Clock = Callable[[], float]
 
 
@@ -187,5 +196,5 @@ def _turn(call: Callable[[], object], device: torch.device, pause: float, clock:
     first = seconds_of(call, device, clock)
     if first >= _LONG:
         return first
-    count = max(2, min(25, int(_TURN / max(first, 1e-6))))
+    count = max(2, min(_MOST, int(_TURN / max(first, 1e-6))))
     return statistics.median(seconds_of(call, device, clock) for _ in range(count))
