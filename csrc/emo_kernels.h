@@ -59,6 +59,28 @@ struct IrmbCall {
 
 void irmb(const IrmbCall& call);
 
+// The convolution in front of a network.
+//
+// out = act(BN(W * x + b)), dense; without norm_mean no norm. With sums, of a batch norm to come,
+// sums = sum (out - pivot), sum (out - pivot)^2.
+struct ConvNormActCall {
+  DType dtype = DType::kFloat32;
+  const void* x = nullptr;       // (N, C, H, W), or (N, H, W, C) if channels_last
+  void* out = nullptr;           // (N, Ho, Wo, O)
+  Param weight, bias;            // (O, C, K, K), (O,)
+  Param norm_weight, norm_bias;  // (O,)
+  Param norm_mean, norm_var;     // (O,)
+  const void* pivot = nullptr;   // (O,), in the type computed in; null: 0
+  double* sums = nullptr;        // (2, O)
+  int64_t N = 0, C = 0, H = 0, W = 0, O = 0, K = 0, stride = 1, padding = 0, dilation = 1;
+  bool channels_last = false;
+  Activation act = Activation::kNone;
+  double eps = 1e-6;
+  int threads = 1;
+};
+
+void conv_norm_act(const ConvNormActCall& call);
+
 // out = W mean_p(LN(x_p)) + b: the end of a network, in inference.
 struct NormPoolLinearCall {
   DType dtype = DType::kFloat32;
@@ -80,7 +102,14 @@ void norm_pool_linear(const NormPoolLinearCall& call);
 
 constexpr int64_t kMostTaps = 64;
 
-enum class PixelsOp : int { kSums = 0, kBatchNormBackward = 1, kSqueeze = 2, kSqueezeBackward = 3 };
+enum class PixelsOp : int {
+  kSums = 0,
+  kBatchNormBackward = 1,
+  kSqueeze = 2,
+  kSqueezeBackward = 3,
+  kNormAct = 4,
+  kNormActSums = 5
+};
 
 // Batch norm and squeeze-excite over the pixels of a map.
 //   kSums               sums = sum (x - pivot), sum (x - pivot)^2
@@ -88,15 +117,18 @@ enum class PixelsOp : int { kSums = 0, kBatchNormBackward = 1, kSqueeze = 2, kSq
 //   kSqueeze            means[n] = mean silu(scale x + shift)
 //   kSqueezeBackward    out = grad + means[n] / pixels silu'(scale x + shift),
 //                       sums = sum out, sum out (x - mean) invstd
+//   kNormAct            out = act(z), z = scale (x - mean) + bias
+//   kNormActSums        sums = sum dz, sum dz (x - mean) invstd, dz = grad act'(z)
 struct PixelsCall {
   DType dtype = DType::kFloat32;
   PixelsOp op = PixelsOp::kSums;
+  Activation act = Activation::kNone;
   const void *x = nullptr, *grad = nullptr, *residual = nullptr;  // (N, pixels, C)
   const void* pivot = nullptr;                                    // (C,)
-  const void* rows = nullptr;                                     // (4, C) affine or coefficients
-  void* means = nullptr;                                          // (N, C), read or written
-  void* out = nullptr;                                            // (N, pixels, C)
-  double* sums = nullptr;                                         // (2, C)
+  const void* rows = nullptr;  // (4, C): affine, coefficients, or scale, bias, mean, invstd
+  void* means = nullptr;       // (N, C), read or written
+  void* out = nullptr;         // (N, pixels, C)
+  double* sums = nullptr;      // (2, C)
   int64_t N = 0, pixels = 0, C = 0;
   int threads = 1;
 };
@@ -136,6 +168,22 @@ struct DepthwiseBackwardCall {
   const void* local_grad = nullptr;                  // (N, H, W, C)
   void *dx = nullptr, *dweight = nullptr;
   int64_t N = 0, C = 0, H = 0, W = 0, K = 0, stride = 1, padding = 0, dilation = 1;
+  int threads = 1;
+};
+
+// dx and dweight of y = W * x + b for dy = c1 dz + c2 (y - mean) + c3, dz = grad act'(scale (y -
+// mean) + bias): the activation and the batch norm behind, taken back in the loads.
+struct ConvNormActBackwardCall {
+  DType dtype = DType::kFloat32;
+  const void *grad = nullptr, *y = nullptr;  // (N, Ho, Wo, O)
+  const void* x = nullptr;                   // as ConvNormActCall's
+  const void* weight = nullptr;              // (O, C, K, K)
+  const void* norm = nullptr;                // (4, O): scale, bias, mean, invstd
+  const void* coefficients = nullptr;        // (4, O)
+  void *dx = nullptr, *dweight = nullptr;    // (N, H, W, C), as weight
+  int64_t N = 0, C = 0, H = 0, W = 0, O = 0, K = 0, stride = 1, padding = 0, dilation = 1;
+  bool channels_last = false;
+  Activation act = Activation::kNone;
   int threads = 1;
 };
 
@@ -235,6 +283,7 @@ void pixels(const PixelsCall& call);
 void batch_norm(const BatchNormCall& call);
 void depthwise_conv2d(const DepthwiseCall& call);
 void depthwise_conv2d_backward(const DepthwiseBackwardCall& call);
+void conv_norm_act_backward(const ConvNormActBackwardCall& call);
 void expand(const ExpandCall& call);
 void expand_backward(const ExpandBackwardCall& call);
 void shrink(const ShrinkCall& call);

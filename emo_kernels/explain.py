@@ -130,21 +130,21 @@ def _row(path: str, block: nn.Module, x: Tensor | None) -> Row:
 
 
 def _stem_row(path: str, stem: nn.Module, x: Tensor | None) -> Row:
-    """The convolution in front, whose training is its own forward's."""
     shape = None if x is None else tuple(x.shape)
-    others = [name for name in backends.NAMES if name != "reference"]
-    training = dict.fromkeys(others, "the stem trains by its own forward")
     forward, reason = stem.__dict__.get("forward"), unreadable_stem(stem)
     if reason is not None or not isinstance(forward, AcceleratedStem):
         reason = reason or "the stem is not accelerated: call emo_kernels.accelerate(model)"
-        reasons = dict.fromkeys(others, reason)
-        return Row(path, "conv_norm_act", shape, "reference", "reference", reasons, training)
+        reasons = dict.fromkeys((n for n in backends.NAMES if n != "reference"), reason)
+        return Row(path, "conv_norm_act", shape, "reference", "reference", reasons, reasons)
     reading = StemReading(stem)
     tensors = reading.tensors()
     assert tensors[0] is not None
     x = sample_image(tensors[0], reading.spec) if x is None else x
-    inference, reasons = _choose("conv_norm_act", forward.backend, x, *tensors, **reading.spec)
-    return Row(path, "conv_norm_act", shape, inference, "reference", reasons, training)
+    operators = ("conv_norm_act", "conv_norm_act_training")
+    (inference, reasons), (training, training_reasons) = (
+        _choose(operator, forward.backend, x, *tensors, **reading.spec) for operator in operators
+    )
+    return Row(path, operators[0], shape, inference, training, reasons, training_reasons)
 
 
 def _tail_row(path: str, network: nn.Module) -> Row:

@@ -1,4 +1,4 @@
-"""The convolution in front of a network, swapped for one fused operator in inference.
+"""The convolution in front of a network, swapped for the fused operator.
 
 Recognised by structure: ``convs``, one sequence of convolution, batch norm and activation (the
 published patch embedding, and this library's), or a layer with ``conv``, ``norm`` and ``act``.
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from emo_kernels import backends, ops, reference
 from emo_kernels.ops.registration import needs_gradient, runs_standard_operators
-from emo_kernels.structure import Reading, UnreadableError, looks_like_irmb
+from emo_kernels.structure import BATCH_NORMS, Reading, UnreadableError, looks_like_irmb
 from emo_kernels.swap import SwappedForward, disagreement, own_forward, restore_module
+from emo_kernels.train_stem import train_stem
 
 _MOST_INPUTS = 4  # channels of an image
-_NORM = ("weight", "bias", "running_mean", "running_var")
 _STEP = ("stride", "padding", "dilation")
 
 
@@ -51,7 +51,7 @@ def _looks_like_stem(module: nn.Module) -> bool:
     conv, norm = (layers[0]._modules[name] for name in layers[1:3])
     return (
         type(conv) is nn.Conv2d
-        and type(norm) is nn.BatchNorm2d
+        and type(norm) in BATCH_NORMS
         and conv.groups == 1
         and conv.in_channels <= _MOST_INPUTS
     )
@@ -71,16 +71,15 @@ class StemReading(Reading):
             self._child(self._child(block, "convs", "convs"), "convs.0", "0")
         conv = self._read_conv(owner, "stem", conv_name)
         norm = self._child(owner, "stem norm", norm_name)
-        if type(norm) is not nn.BatchNorm2d or self._attribute(conv, "groups") != 1:
+        if type(norm) not in BATCH_NORMS or self._attribute(conv, "groups") != 1:
             raise UnreadableError("it is no dense convolution with a BatchNorm2d")
         sizes = [(name, self._attribute(conv, name)) for name in ("kernel_size", *_STEP)]
         square = all(isinstance(pair, tuple) and pair[0] == pair[1] for _, pair in sizes)
         if self._attribute(conv, "padding_mode") != "zeros" or not square:
             raise UnreadableError("its convolution is not the same for rows and columns")
         self._parameters(conv, "weight", "bias")
-        self._parameters(norm, *_NORM)
-        if self._attribute(norm, "training") or norm.running_mean is None:
-            self.batch_dependent = "batch norm takes the batch's statistics"
+        self._read_batch_norm(norm)
+        self.norm = norm
         act = self._read_act(owner, "stem", act_name)
         steps = {name: pair[0] for name, pair in sizes if name in _STEP}
         return {**steps, "eps": self._attribute(norm, "eps"), "act": act}
@@ -91,21 +90,21 @@ class StemReading(Reading):
 
 
 class AcceleratedStem(SwappedForward[StemReading]):
-    """The forward of an accelerated stem: the fused operator in inference, else its own."""
+    """The forward of an accelerated stem."""
 
     read = StemReading
 
     def decide(self, x: Tensor, reading: StemReading) -> Tensor:
-        """The backend's kernel if it takes this call, else the stem's own forward."""
+        """The backend's kernels if they take this call, else the stem's own forward."""
         tensors = reading.tensors()
-        backend = None
-        if not (
-            reading.batch_dependent
-            or torch.is_autocast_enabled(x.device.type)
-            or needs_gradient((x, *tensors))
-            or runs_standard_operators(x)
-        ):
-            backend = self._choose(x, tensors, reading)
+        if runs_standard_operators(x):
+            return own_forward(self.block, x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if reading.batch_dependent or autocast or needs_gradient((x, *tensors)):
+            requested = backends.requested(self.backend)
+            trained = train_stem(x, tensors, reading.norm, reading.spec, requested)
+            return own_forward(self.block, x) if trained is None else trained
+        backend = self._choose(x, tensors, reading)
         if backend is None:
             return own_forward(self.block, x)
         out = ops.conv_norm_act(x, *tensors, **reading.spec, backend=backend)  # type: ignore[arg-type]
@@ -154,8 +153,11 @@ def unreadable_stem(stem: nn.Module) -> str | None:
     if tensors[0] is None or tensors[0].is_meta:
         return "its weights hold no values"
 
+    untracked = tensors[4] is None
+
     def computes(x: Tensor) -> Tensor:
-        return reference.conv_norm_act(x, *tensors, **reading.spec)  # type: ignore[arg-type]
+        options = {**reading.spec, "batch_statistics": untracked}
+        return reference.conv_norm_act(x, *tensors, **options)  # type: ignore[arg-type]
 
     image = sample_image(tensors[0], reading.spec)
     return disagreement(stem, image, computes, "its layers in turn")

@@ -27,7 +27,7 @@ _ACTIVATION_CLASSES = {
     "SiLU": "silu",
     "Swish": "silu",
 }
-_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _ABSENT = object()
 
 
@@ -165,7 +165,7 @@ class Reading:
         if type(norm) is nn.Identity:
             self._parameters(None, *names)
             return {"norm": "none"}
-        if type(norm) in _BATCH_NORMS:
+        if type(norm) in BATCH_NORMS:
             self._read_batch_norm(norm)
             self.norm = norm
             return {"norm": "batch", "norm_eps": self._attribute(norm, "eps")}
@@ -222,7 +222,7 @@ class Reading:
             return {}
         conv = self._read_conv(layer, "conv_local", "conv")
         norm = self._child(layer, "conv_local.norm", "norm")
-        if type(norm) not in _BATCH_NORMS:
+        if type(norm) not in BATCH_NORMS:
             _refuse(f"conv_local.norm is a {type(norm).__name__}, not BatchNorm2d")
         if self._read_act(layer, "conv_local") != "silu":
             _refuse("conv_local.act is not SiLU")

@@ -34,14 +34,15 @@ def train(
     elif any(tensor.dtype != x.dtype for _, tensor in weights.present()):
         return None
     backend = _choose(requested, device, x, weights, spec)
-    spans = [_process_group(norm) is not None for norm in (reading.norm, reading.bn)]
+    spans = [process_group(norm) is not None for norm in (reading.norm, reading.bn)]
     if backend is None or (torch.compiler.is_compiling() and any(spans)):
         return None
     weights = _tracked(weights, reading)
     drop_scale = None if reading.drop_path is None else _drop_scale(x, reading.drop_path)
     # Autocast rounds a block's branch, and not the wider map that it is added to.
     adds_residual = spec.skip and x.dtype == given.dtype
-    plan = Plan(spec, _mode(reading.norm), _mode(reading.bn), backend, adds_residual)
+    modes = batch_norm_mode(reading.norm), batch_norm_mode(reading.bn)
+    plan = Plan(spec, *modes, backend, adds_residual)
     with torch.autocast(device, enabled=False):
         if torch.compiler.is_compiling():
             out = irmb_training(x, weights, plan, drop_scale)
@@ -68,7 +69,7 @@ def _takes_batch_statistics(norm: Any) -> bool:
     return norm is not None and (norm.training or norm.running_mean is None)
 
 
-def _mode(norm: Any) -> BatchNormMode:
+def batch_norm_mode(norm: Any) -> BatchNormMode:
     """How the batch norm runs now; counts the batch, as PyTorch does."""
     if norm is None or not _takes_batch_statistics(norm):
         return BatchNormMode()
@@ -77,10 +78,10 @@ def _mode(norm: Any) -> BatchNormMode:
         norm.num_batches_tracked.add_(1)
         if momentum is None:  # the average of all batches
             momentum = 1.0 / float(norm.num_batches_tracked)
-    return BatchNormMode(True, 0.0 if momentum is None else momentum, _process_group(norm))
+    return BatchNormMode(True, 0.0 if momentum is None else momentum, process_group(norm))
 
 
-def _process_group(norm: Any) -> Any:
+def process_group(norm: Any) -> Any:
     """The processes whose batches are one to this batch norm; ``None``: this one alone."""
     spans = isinstance(norm, torch.nn.SyncBatchNorm) and norm.training
     if not spans or not (distributed.is_available() and distributed.is_initialized()):

@@ -32,7 +32,12 @@ def prepare_irmb(
     bn_eps: float,
 ) -> Prepared: ...
 def prepare_conv_norm_act(
-    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float
+    dtype: int,
+    weight_dtype: int,
+    weights: tuple[int, ...],
+    pointers: tuple[int, ...],
+    sizes: tuple[int, ...],
+    eps: float,
 ) -> Prepared: ...
 def prepare_norm_pool_linear(
     dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float
@@ -69,6 +74,17 @@ def bind_call(
 
 def pixels(
     dtype: int, op: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int
+) -> None: ...
+def batch_norm_act(
+    dtype: int,
+    op: int,
+    act: int,
+    pointers: tuple[int, ...],
+    sizes: tuple[int, ...],
+    threads: int,
+) -> None: ...
+def conv_norm_act_backward(
+    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int
 ) -> None: ...
 def batch_norm(
     dtype: int,

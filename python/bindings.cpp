@@ -6,7 +6,6 @@
 #include <string>
 
 #include "bound_call.h"
-#include "cpu/conv_norm_act.h"
 #include "cuda_bindings.h"
 #include "emo_kernels.h"
 #include "output_pool.h"
@@ -144,13 +143,21 @@ Prepared prepare_irmb(int dtype, int weight_dtype, const py::tuple& weights,
       cpu::irmb);
 }
 
-Prepared prepare_conv_norm_act(int dtype, const py::tuple& pointers, const py::tuple& sizes,
-                               double eps) {
+Prepared prepare_conv_norm_act(int dtype, int weight_dtype, const py::tuple& weights,
+                               const py::tuple& pointers, const py::tuple& sizes, double eps) {
   cpu::ConvNormActCall c;
   c.dtype = static_cast<emo_kernels::DType>(dtype);
-  point_all(pointers, c.weight, c.bias, c.norm_weight, c.norm_bias, c.norm_mean, c.norm_var);
+  cpu::Param* const params[] = {&c.weight,    &c.bias,      &c.norm_weight,
+                                &c.norm_bias, &c.norm_mean, &c.norm_var};
+  const auto pointer = integers<6>("weights", weights);
+  point_all(pointers, c.pivot, c.sums);
   size_all(sizes, c.N, c.C, c.H, c.W, c.O, c.K, c.stride, c.padding, c.dilation, c.channels_last,
            c.act);
+  for (size_t i = 0; i < 6; ++i) {
+    *params[i] = {reinterpret_cast<const void*>(static_cast<uintptr_t>(pointer[i])),
+                  i == 0 ? c.O * c.C * c.K * c.K : c.O,
+                  static_cast<emo_kernels::DType>(weight_dtype)};
+  }
   c.eps = eps;
   return prepared(c, cpu::conv_norm_act);
 }
@@ -177,6 +184,31 @@ void pixels(int dtype, int op, const py::tuple& pointers, const py::tuple& sizes
   c.threads = threads;
   py::gil_scoped_release unlocked;
   cpu::pixels(c);
+}
+
+void batch_norm_act(int dtype, int op, int act, const py::tuple& pointers, const py::tuple& sizes,
+                    int threads) {
+  cpu::PixelsCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  c.op = static_cast<cpu::PixelsOp>(op);
+  c.act = static_cast<emo_kernels::Activation>(act);
+  point_all(pointers, c.x, c.grad, c.rows, c.out, c.sums);
+  size_all(sizes, c.N, c.pixels, c.C);
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::pixels(c);
+}
+
+void conv_norm_act_backward(int dtype, const py::tuple& pointers, const py::tuple& sizes,
+                            int threads) {
+  cpu::ConvNormActBackwardCall c;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, c.grad, c.y, c.x, c.weight, c.norm, c.coefficients, c.dx, c.dweight);
+  size_all(sizes, c.N, c.C, c.H, c.W, c.O, c.K, c.stride, c.padding, c.dilation, c.channels_last,
+           c.act);
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::conv_norm_act_backward(c);
 }
 
 void batch_norm(int dtype, const py::tuple& pointers, int64_t channels, double count,
@@ -312,6 +344,8 @@ PYBIND11_MODULE(_C, m) {
     emo_kernels::python::output_pool().clear();
   });
   m.def("pixels", &pixels);
+  m.def("batch_norm_act", &batch_norm_act);
+  m.def("conv_norm_act_backward", &conv_norm_act_backward);
   m.def("batch_norm", &batch_norm);
   m.def("depthwise_conv2d", &depthwise_conv2d);
   m.def("depthwise_conv2d_backward", &depthwise_conv2d_backward);

@@ -1,4 +1,4 @@
-"""The stem of an accelerated model: swapped by structure, never stale, inference only."""
+"""The stem of an accelerated model: swapped by structure, never stale."""
 
 import copy
 import pickle
@@ -87,8 +87,8 @@ def test_it_runs_on_the_kernel_with_the_same_numbers(twins, x):
 def test_explain_says_so(twins, x):
     plain, fast = twins
     stem = ek.explain(fast, x).rows[0]
-    assert (stem.operator, stem.inference, stem.training) == ("conv_norm_act", "cpu", "reference")
-    assert stem.shape == tuple(x.shape) and "own forward" in stem.training_reasons["cpu"]
+    assert (stem.operator, stem.inference, stem.training) == ("conv_norm_act", "cpu", "cpu")
+    assert stem.shape == tuple(x.shape)
     assert ek.explain(plain).rows[0].inference == "reference"
 
 
@@ -139,22 +139,6 @@ def test_hooks_inside_are_called(twins, x):
     with torch.no_grad():
         fast(x)
     assert seen == ["conv"]
-
-
-def test_training_autocast_and_gradients_are_its_own(twins, x):
-    plain, fast = twins
-    for model in twins:
-        model.train()
-        model(x).square().sum().backward()
-    for a, b in zip(plain.parameters(), fast.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
-    for model in twins:
-        model.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fast[0](x), plain[0](x))
-    image = x.clone().requires_grad_()
-    fast[0](image).sum().backward()
-    assert image.grad is not None
 
 
 def test_copies_pickles_and_restore(twins, x):

@@ -265,6 +265,26 @@ EMO_INLINE V activate_slope(V x) {
   }
 }
 
+template <Activation kAct>
+struct ActivationIs {
+  static constexpr Activation value = kAct;
+};
+
+// f(act) with a compile-time activation.
+template <class F>
+EMO_INLINE void with_activation(Activation act, F f) {
+  switch (act) {
+    case Activation::kNone:
+      return f(ActivationIs<Activation::kNone>{});
+    case Activation::kRelu:
+      return f(ActivationIs<Activation::kRelu>{});
+    case Activation::kGelu:
+      return f(ActivationIs<Activation::kGelu>{});
+    case Activation::kSilu:
+      return f(ActivationIs<Activation::kSilu>{});
+  }
+}
+
 EMO_INLINE float sigmoid(float x) { return 1.0f / (1.0f + ::expf(-x)); }
 EMO_INLINE double sigmoid(double x) { return 1.0 / (1.0 + ::exp(-x)); }
 

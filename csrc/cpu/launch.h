@@ -38,6 +38,8 @@ struct Kernel {
   const Kernel<Call>& name##_neon_f32();        \
   const Kernel<Call>& name##_neon_bf16()
 
+EMO_DECLARE_KERNEL(ConvNormActCall, conv_norm_act_kernel);
+EMO_DECLARE_KERNEL(ConvNormActBackwardCall, conv_norm_act_backward_kernel);
 EMO_DECLARE_KERNEL(NormPoolLinearCall, norm_pool_linear_kernel);
 EMO_DECLARE_KERNEL(PixelsCall, pixels_kernel);
 EMO_DECLARE_KERNEL(DepthwiseCall, depthwise_conv2d_kernel);

@@ -1,5 +1,6 @@
 // Computes  the sums of a batch norm over a map's pixels, its gradient dx = c1 dz + c2 (x - mean)
-//           + c3, and the channel means of squeeze-excite, forward and backward.
+//           + c3, the norm with an activation and what its gradient sums, and the channel means of
+//           squeeze-excite, forward and backward.
 // Tiling    a thread takes a contiguous share of the pixels, 32 of them at a time, a vector of
 //           channels running down them.
 // Traffic   one read of each operand, one write of the result; bound by memory.
@@ -111,6 +112,34 @@ void run_pixels(const PixelsCall& call, const Share& share) {
                             a = dz;
                             b = (y - row(2, lane, left)) * row(3, lane, left);
                           });
+              break;
+            case PixelsOp::kNormAct:
+              with_activation(call.act, [&](auto act) {
+                for (int64_t i = at; i < at + here * C; i += C) {
+                  each_lane_of<T>(
+                      C, [&](int64_t lane, int64_t left) __attribute__((always_inline)) {
+                        const V centred = load_as<V>(x + i + lane, left) - row(2, lane, left);
+                        const V z = fma(centred, row(0, lane, left), row(1, lane, left));
+                        store_as(out + i + lane, activate<T, act.value>(z), left);
+                      });
+                }
+              });
+              break;
+            case PixelsOp::kNormActSums:
+              with_activation(call.act, [&](auto act) {
+                sum_rows<T>(here, C, first, second,
+                            [&](int64_t i, int64_t lane, int64_t left, V& a,
+                                V& b) __attribute__((always_inline)) {
+                              const int64_t k = at + i * C + lane;
+                              const V centred = load_as<V>(x + k, left) - row(2, lane, left);
+                              a = load_as<V>(grad + k, left);
+                              if constexpr (act.value != Activation::kNone) {
+                                const V z = fma(centred, row(0, lane, left), row(1, lane, left));
+                                a *= activate_slope<T, act.value>(z);
+                              }
+                              b = centred * row(3, lane, left);
+                            });
+              });
               break;
           }
         }

@@ -54,9 +54,10 @@ EMO_INLINE void store(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
+// value - 0 is value, so this is a broadcast; 0 + value would be an addition, for it makes -0 a 0.
 template <class V, class T>
 EMO_INLINE V splat(T value) {
-  return V{} + value;
+  return value - V{};
 }
 
 // The lower half of the lanes: the same register, read at half width.

@@ -4,7 +4,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/conv_norm_act.h"
 #include "cpu/isa.h"
 #include "cpu/launch.h"
 #include "cpu/threads.h"
@@ -60,6 +59,7 @@ namespace {
   }
 
 EMO_KERNEL_FOR(ConvNormActCall, conv_norm_act_kernel, )
+EMO_KERNEL_FOR(ConvNormActBackwardCall, conv_norm_act_backward_kernel, )
 EMO_KERNEL_FOR(NormPoolLinearCall, norm_pool_linear_kernel, )
 EMO_KERNEL_FOR(PixelsCall, pixels_kernel, )
 EMO_KERNEL_FOR(DepthwiseCall, depthwise_conv2d_kernel, )
@@ -106,22 +106,31 @@ void check(bool right, const char* what) {
 }
 
 template <class Call>
-void check_convolution(const Call& c) {
+void check_convolution(const Call& c, const char* what) {
   check(c.K >= 1 && c.K <= kMostTaps && c.stride >= 1 && c.dilation >= 1 && c.padding >= 0 &&
             c.H + 2 * c.padding >= c.dilation * (c.K - 1) + 1 &&
             c.W + 2 * c.padding >= c.dilation * (c.K - 1) + 1 && c.C >= 1 && c.threads >= 1,
-        "depthwise_conv2d: sizes");
+        what);
 }
 
 }  // namespace
 
 void conv_norm_act(const ConvNormActCall& c) {
-  check(c.K >= 1 && c.K <= kMostTaps && c.stride >= 1 && c.dilation >= 1 && c.padding >= 0 &&
-            c.H + 2 * c.padding >= c.dilation * (c.K - 1) + 1 &&
-            c.W + 2 * c.padding >= c.dilation * (c.K - 1) + 1 && c.C >= 1 && c.O >= 1 &&
-            c.threads >= 1 && c.act >= Activation::kNone && c.act <= Activation::kSilu,
+  check_convolution(c, "conv_norm_act: sizes");
+  check(c.O >= 1 && c.act >= Activation::kNone && c.act <= Activation::kSilu,
         "conv_norm_act: sizes");
-  check(c.x && c.out && c.weight && !c.norm_mean == !c.norm_var, "conv_norm_act: a null pointer");
+  check(c.x && c.out && c.weight.data && !c.norm_mean.data == !c.norm_var.data,
+        "conv_norm_act: a null pointer");
+  check(!c.sums || c.act == Activation::kNone, "conv_norm_act: sums behind an activation");
+  launch(c);
+}
+
+void conv_norm_act_backward(const ConvNormActBackwardCall& c) {
+  check_convolution(c, "conv_norm_act_backward: sizes");
+  check(c.O >= 1 && c.act >= Activation::kNone && c.act <= Activation::kSilu,
+        "conv_norm_act_backward: sizes");
+  check(c.grad && c.y && c.norm && c.coefficients && (c.x || !c.dweight) && (c.weight || !c.dx),
+        "conv_norm_act_backward: a null pointer");
   launch(c);
 }
 
@@ -137,13 +146,13 @@ void pixels(const PixelsCall& call) {
 }
 
 void depthwise_conv2d(const DepthwiseCall& call) {
-  check_convolution(call);
+  check_convolution(call, "depthwise_conv2d: sizes");
   check(call.x && call.weight && call.y, "depthwise_conv2d: a null pointer");
   launch(call);
 }
 
 void depthwise_conv2d_backward(const DepthwiseBackwardCall& call) {
-  check_convolution(call);
+  check_convolution(call, "depthwise_conv2d_backward: sizes");
   check(call.grad && call.weight && (call.x || !call.dweight) && (call.y || !call.coefficients),
         "depthwise_conv2d_backward: a null pointer");
   launch(call);

@@ -1,6 +1,8 @@
 """CPU backend: thin launchers over the kernels compiled into ``emo_kernels._C``."""
 
 from emo_kernels.cpu.batch_norm import (
+    batch_norm_act,
+    batch_norm_act_sums,
     batch_norm_backward,
     batch_norm_backward_finalize,
     batch_norm_finalize,
@@ -8,7 +10,10 @@ from emo_kernels.cpu.batch_norm import (
 )
 from emo_kernels.cpu.conv_norm_act import (
     conv_norm_act,
+    conv_norm_act_backward,
     conv_norm_act_bind,
+    conv_norm_act_statistics,
+    conv_norm_act_training_unsupported,
     conv_norm_act_unsupported,
 )
 from emo_kernels.cpu.depthwise_conv2d import (
@@ -40,12 +45,17 @@ from emo_kernels.cpu.window_attention import (
 )
 
 __all__ = [
+    "batch_norm_act",
+    "batch_norm_act_sums",
     "batch_norm_backward",
     "batch_norm_backward_finalize",
     "batch_norm_finalize",
     "batch_norm_sums",
     "conv_norm_act",
+    "conv_norm_act_backward",
     "conv_norm_act_bind",
+    "conv_norm_act_statistics",
+    "conv_norm_act_training_unsupported",
     "conv_norm_act_unsupported",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",

@@ -9,7 +9,7 @@ from torch.autograd.graph import increment_version
 from emo_kernels import _C
 from emo_kernels.cpu import layout
 
-_SUMS, _BACKWARD = 0, 1  # PixelsOp of csrc/emo_kernels.h
+_SUMS, _BACKWARD, _ACT, _ACT_SUMS = 0, 1, 4, 5  # PixelsOp of csrc/emo_kernels.h
 
 
 def batch_norm_sums(x: Tensor, pivot: Tensor | None) -> Tensor:
@@ -86,3 +86,34 @@ def batch_norm_backward(
     threads = torch.get_num_threads()
     _C.pixels(layout.DTYPES[x.dtype], _BACKWARD, pointers, (n, h * w, c), threads)
     return dx
+
+
+def batch_norm_act(x: Tensor, norm: Tensor, *, act: str) -> Tensor:
+    """act(scale (x - mean) + bias): (N, C, H, W), channels_last."""
+    n, c, h, w = x.shape
+    out = layout.new_map(x, n, c, h, w)
+    if x.numel() == 0:
+        return out
+    x, rows = layout.pixels(x), layout.dense(norm, x.dtype)
+    pointers = layout.addresses(x, None, rows, out, None)
+    _norm_act(x, _ACT, act, pointers, (n, h * w, c))
+    return out
+
+
+def batch_norm_act_sums(grad: Tensor, x: Tensor, norm: Tensor, *, act: str) -> Tensor:
+    """(2, C) float64: sum dz and sum dz xhat, dz behind the norm, grad behind act."""
+    n, c, h, w = x.shape
+    if x.numel() == 0:
+        return x.new_zeros((2, c), dtype=torch.float64)
+    x, grad, rows = layout.pixels(x), layout.pixels(grad), layout.dense(norm, x.dtype)
+    sums = layout.doubles(2, c)
+    pointers = layout.addresses(x, grad, rows, None, sums)
+    _norm_act(x, _ACT_SUMS, act, pointers, (n, h * w, c))
+    return sums
+
+
+def _norm_act(
+    x: Tensor, op: int, act: str, pointers: tuple[int, ...], sizes: tuple[int, ...]
+) -> None:
+    dtype, activation = layout.DTYPES[x.dtype], layout.ACTIVATIONS[act]
+    _C.batch_norm_act(dtype, op, activation, pointers, sizes, torch.get_num_threads())

@@ -54,6 +54,22 @@ backward = define_kernel(
     lambda grad, x, *_: empty_map(x, x.shape),
 )
 
+act = define_kernel(
+    "batch_norm_act",
+    "Tensor x, Tensor norm",
+    "str act",
+    "Tensor",
+    lambda x, *_, **__: empty_map(x, x.shape),
+)
+
+act_sums = define_kernel(
+    "batch_norm_act_sums",
+    "Tensor grad, Tensor x, Tensor norm",
+    "str act",
+    "Tensor",
+    lambda grad, x, *_, **__: _sums(x, None),
+)
+
 
 class Statistics(NamedTuple):
     """A batch norm as it ran on one map: what its backward pass needs.

@@ -1,13 +1,14 @@
-"""Dense convolution of a map of few channels with its batch norm and activation, in inference."""
+"""Dense convolution of a map of few channels with its batch norm and activation."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emo_kernels.ops import checks
-from emo_kernels.ops.registration import Operator
+from emo_kernels.ops.registration import Operator, define_kernel, empty_map
 from emo_kernels.spec import ACTIVATIONS, conv_output_size, conv_padding
 
 
@@ -23,6 +24,24 @@ _operator = Operator(
     "Tensor? norm_mean, Tensor? norm_var",
     options="int stride, int padding, int dilation, float eps, str act",
     shape=_output_shape,
+    extras="Tensor? y, Tensor? norm, Tensor? coefficients",
+)
+forward, backward = _operator.op, _operator.backward_op
+
+
+def _statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pivot: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    y = empty_map(x, _output_shape(x, weight, **options))
+    return y, x.new_empty((2, weight.shape[0]), dtype=torch.float64)
+
+
+statistics = define_kernel(
+    "conv_norm_act_statistics",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? pivot",
+    "int stride, int padding, int dilation",
+    "(Tensor, Tensor)",
+    _statistics,
 )
 
 

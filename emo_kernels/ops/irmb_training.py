@@ -16,7 +16,7 @@ from torch import Tensor
 from emo_kernels import backends
 from emo_kernels.ops.batch_norm import Statistics
 from emo_kernels.ops.irmb_step import ALONE, Maps, Neighbours, Plan, Step, spread
-from emo_kernels.ops.registration import define_composite, needs_gradient
+from emo_kernels.ops.registration import define_composite, match, needs_gradient
 from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights
 
 
@@ -66,7 +66,7 @@ class _Block(torch.autograd.Function):
             None,
             None,
             *(
-                _match(found.get(name), like) if name in wants else None
+                match(found.get(name), like) if name in wants else None
                 for name, like in zip(names, inputs, strict=True)
             ),
         )
@@ -78,17 +78,6 @@ def _unmoved(plan: Plan, weights: IRMBWeights) -> IRMBWeights:
         if mode.batch_statistics:
             weights = weights._replace(**{f"{norm}_mean": None, f"{norm}_var": None})
     return weights
-
-
-def _match(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """The gradient in the dtype, shape and strides of what it belongs to."""
-    if grad is None or like is None:
-        return grad
-    grad = grad.to(like.dtype).reshape(like.shape)
-    strides = zip(grad.shape, grad.stride(), like.stride(), strict=True)
-    if all(size == 1 or ours == theirs for size, ours, theirs in strides):
-        return grad.as_strided(like.shape, like.stride())  # DistributedDataParallel compares all
-    return grad
 
 
 def _differentiable(

@@ -281,6 +281,17 @@ class _Gradient(torch.autograd.Function):
         return (None, None, *grads)
 
 
+def match(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """The gradient in the dtype, shape and strides of what it belongs to."""
+    if grad is None or like is None:
+        return grad
+    grad = grad.to(like.dtype).reshape(like.shape)
+    strides = zip(grad.shape, grad.stride(), like.stride(), strict=True)
+    if all(size == 1 or ours == theirs for size, ours, theirs in strides):
+        return grad.as_strided(like.shape, like.stride())  # DistributedDataParallel compares all
+    return grad
+
+
 def reference_gradients(
     operator: Operator, grad: Tensor, tensors: Tensors, needed: Sequence[bool], args: Sequence[Any]
 ) -> list[Tensor | None]:

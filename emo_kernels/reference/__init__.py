@@ -7,12 +7,18 @@ Every other backend is tested against this one, and falls back to it for what it
 from __future__ import annotations
 
 from emo_kernels.reference.batch_norm import (
+    batch_norm_act,
+    batch_norm_act_sums,
     batch_norm_backward,
     batch_norm_backward_finalize,
     batch_norm_finalize,
     batch_norm_sums,
 )
-from emo_kernels.reference.conv_norm_act import conv_norm_act
+from emo_kernels.reference.conv_norm_act import (
+    conv_norm_act,
+    conv_norm_act_backward,
+    conv_norm_act_statistics,
+)
 from emo_kernels.reference.depthwise_conv2d import (
     depthwise_conv2d,
     depthwise_conv2d_backward,
@@ -27,11 +33,15 @@ from emo_kernels.reference.squeeze import squeeze, squeeze_backward
 from emo_kernels.reference.window_attention import window_attention, window_attention_backward
 
 __all__ = [
+    "batch_norm_act",
+    "batch_norm_act_sums",
     "batch_norm_backward",
     "batch_norm_backward_finalize",
     "batch_norm_finalize",
     "batch_norm_sums",
     "conv_norm_act",
+    "conv_norm_act_backward",
+    "conv_norm_act_statistics",
     "depthwise_conv2d",
     "depthwise_conv2d_backward",
     "depthwise_conv2d_statistics",

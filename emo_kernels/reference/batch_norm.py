@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from emo_kernels.reference.gradients import channel_sums, gradients
+from emo_kernels.spec import activate
+
 
 def batch_norm_sums(x: Tensor, pivot: Tensor | None) -> Tensor:
     """Sums over the pixels of each channel: of x - pivot and of its square.
@@ -130,3 +133,47 @@ def batch_norm_backward(
     c1, c2, c3, mean = coefficients.reshape(4, -1, 1, 1)
     dx = c1 * grad + c2 * (x - mean) + c3
     return (dx if residual is None else dx + residual).to(x.dtype)
+
+
+def batch_norm_act(x: Tensor, norm: Tensor, *, act: str) -> Tensor:
+    """act(scale (x - mean) + bias): no shift that cancels a large mean.
+
+    Args:
+        x: (N, C, H, W).
+        norm: (4, C): scale, bias, mean and 1 / sqrt(var + eps).
+        act: ``none``, ``relu``, ``gelu`` or ``silu``.
+
+    Returns:
+        (N, C, H, W).
+
+    Example:
+        >>> batch_norm_act(torch.ones(1, 1, 1, 1), torch.ones(4, 1), act="relu").item()
+        1.0
+    """
+    scale, bias, mean = norm[:3].reshape(3, -1, 1, 1)
+    return activate(scale * (x - mean) + bias, act).to(x.dtype)
+
+
+def batch_norm_act_grad(grad: Tensor, x: Tensor, norm: Tensor, act: str) -> Tensor:
+    """dz = grad act'(scale (x - mean) + bias): (N, C, H, W)."""
+    scale, bias, mean = norm[:3].reshape(3, -1, 1, 1)
+    (dz,) = gradients(lambda z: activate(z, act), [scale * (x - mean) + bias], grad, [True])
+    return dz
+
+
+def batch_norm_act_sums(grad: Tensor, x: Tensor, norm: Tensor, *, act: str) -> Tensor:
+    """What :func:`batch_norm_backward_finalize` takes of :func:`batch_norm_act`'s gradient.
+
+    Args:
+        grad: (N, C, H, W), behind the activation.
+        x, norm, act: as there.
+
+    Returns:
+        (2, C), float64: sum dz and sum dz xhat.
+
+    Example:
+        >>> x = torch.ones(1, 1, 1, 2)
+        >>> batch_norm_act_sums(x, 3 * x, torch.ones(4, 1), act="none").flatten().tolist()
+        [2.0, 4.0]
+    """
+    return channel_sums(batch_norm_act_grad(grad, x, norm, act), x, norm)
