@@ -75,7 +75,7 @@ def bind_call(
 def pixels(
     dtype: int, op: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int
 ) -> None: ...
-def batch_norm_act(
+def batch_norm_activate(
     dtype: int,
     op: int,
     act: int,

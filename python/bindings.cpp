@@ -186,7 +186,7 @@ void pixels(int dtype, int op, const py::tuple& pointers, const py::tuple& sizes
   cpu::pixels(c);
 }
 
-void batch_norm_act(int dtype, int op, int act, const py::tuple& pointers, const py::tuple& sizes,
+void batch_norm_activate(int dtype, int op, int act, const py::tuple& pointers, const py::tuple& sizes,
                     int threads) {
   cpu::PixelsCall c;
   c.dtype = static_cast<emo_kernels::DType>(dtype);
@@ -344,7 +344,7 @@ PYBIND11_MODULE(_C, m) {
     emo_kernels::python::output_pool().clear();
   });
   m.def("pixels", &pixels);
-  m.def("batch_norm_act", &batch_norm_act);
+  m.def("batch_norm_activate", &batch_norm_activate);
   m.def("conv_norm_act_backward", &conv_norm_act_backward);
   m.def("batch_norm", &batch_norm);
   m.def("depthwise_conv2d", &depthwise_conv2d);

@@ -10,7 +10,7 @@
 // Numerics  the type it computes in; for dweight up to 112 pixels are summed in it, those sums in
 //           double, threads in order.
 // Limits    fp32 and bf16 (fp64 at portable width); ungrouped; kernels up to 64 taps a side.
-#include "cpu/conv_rows.h"
+#include "cpu/conv_terms.h"
 #include "cpu/threads.h"
 
 namespace emo_kernels::cpu {
@@ -18,9 +18,8 @@ namespace {
 
 using Call = ConvNormActBackwardCall;
 
-constexpr int kTermRows = kRegisters == 32 ? 9 : 5;  // of a tile; 9: a 3 x 3 kernel of one channel
-constexpr int64_t kRunPixels = 112;                  // summed in the element type
-constexpr int kPixelRows = 8;                        // of a tile of products for dx
+constexpr int64_t kRunPixels = 112;  // summed in the element type
+constexpr int kPixelRows = 8;        // of a tile of products for dx
 
 template <class T>
 struct Layout {
@@ -66,96 +65,16 @@ ScratchBytes scratch(const Call& call) {
   return {shared.used, own.used};
 }
 
-// What a tile of kTerms terms adds up over a run of pixels, in the element type:
-// sum over pixels of at[i][pixel * step] dy[pixel][channel].
-template <class T, class Shape, int kTerms>
-struct TermSums {
-  using Full = Vec<T, Shape::kLanes>;
-  using Half = Vec<T, Shape::kLanes / 2>;
-  Accumulators<T, kTerms, Shape> acc;
-  Full full[Shape::kFull];
-  Half half;
-
-  EMO_INLINE TermSums() { acc.clear(); }
-  EMO_INLINE void load_pixel(const T* dy) {
-    unroll<Shape::kFull>(EMO_UNROLLED(j) { full[j] = load<Full>(dy + j * Shape::kLanes); });
-    if constexpr (Shape::kHalf) half = load<Half>(dy + Shape::kFull * Shape::kLanes);
-  }
-  template <class I>
-  EMO_INLINE void add(I i, Full value) {
-    unroll<Shape::kFull>(EMO_UNROLLED(j) { acc.full[i][j] = fma(value, full[j], acc.full[i][j]); });
-    if constexpr (Shape::kHalf) acc.half[i] = fma(low_half(value), half, acc.half[i]);
-  }
-  EMO_INLINE void add_to(double* totals) {
-    T sums[kTerms * Shape::kWidth];
-    acc.save_sums(sums);
-    for (int i = 0; i < kTerms * Shape::kWidth; ++i) totals[i] += static_cast<double>(sums[i]);
-  }
-};
-
-// Of any kernel.
-struct AnyTerms {
-  static constexpr int kTerms = kTermRows;
-
-  template <class T, class Shape>
-  static void add_run(const T* const* at, int64_t step, const T* dy, int64_t pixels,
-                      double* totals) {
-    const T* from[kTerms];
-    unroll<kTerms>(EMO_UNROLLED(i) { from[i] = at[i]; });
-    TermSums<T, Shape, kTerms> sums;
-    for (const T* const end = dy + pixels * Shape::kWidth; dy < end; dy += Shape::kWidth) {
-      sums.load_pixel(dy);
-      unroll<kTerms>(EMO_UNROLLED(i) {
-        sums.add(i, splat<typename decltype(sums)::Full>(*from[i]));
-        from[i] += step;
-      });
-    }
-    sums.add_to(totals);
-  }
-};
-
-// Three taps a row at stride 2, in columns kColumn apart: a column that two pixels see is loaded
-// once.
-template <int kColumn>
-struct StemTerms {
-  static constexpr int kTapRows = kRegisters == 32 ? 3 : 1, kTerms = 3 * kTapRows;
-
-  template <class T, class Shape>
-  static void add_run(const T* const* at, int64_t, const T* dy, int64_t pixels, double* totals) {
-    using Full = Vec<T, Shape::kLanes>;
-    const T* from[kTapRows];
-    Full left[kTapRows];
-    unroll<kTapRows>(EMO_UNROLLED(r) {
-      from[r] = at[3 * r];
-      left[r] = splat<Full>(*from[r]);
-    });
-    TermSums<T, Shape, kTerms> sums;
-    for (const T* const end = dy + pixels * Shape::kWidth; dy < end; dy += Shape::kWidth) {
-      sums.load_pixel(dy);
-      unroll<kTapRows>(EMO_UNROLLED(r) {
-        const Full middle = splat<Full>(from[r][kColumn]),
-                   right = splat<Full>(from[r][2 * kColumn]);
-        sums.add(Constant<3 * r>{}, left[r]);
-        sums.add(Constant<3 * r + 1>{}, middle);
-        sums.add(Constant<3 * r + 2>{}, right);
-        left[r] = right;
-        from[r] += 2 * kColumn;
-      });
-    }
-    sums.add_to(totals);
-  }
-};
-
-// One row's share of dweight for one panel.
+// One row's share of dweight for one panel, while what the next row reads is brought in.
 template <class Terms, class Shape, class T>
-void add_row(const Layout<T>& l, int64_t step, const T* dy, double* totals) {
+void add_row(const Layout<T>& l, int64_t step, const T* dy, double* totals, Ahead (&next)[2]) {
   for (int64_t x0 = 0; x0 < l.Wo; x0 += kRunPixels) {
     const int64_t pixels = min(kRunPixels, l.Wo - x0);
     for (int64_t t = 0; t < l.terms; t += Terms::kTerms) {
       const T* at[Terms::kTerms];
       unroll<Terms::kTerms>(EMO_UNROLLED(i) { at[i] = l.places[t + i] + x0 * step; });
       Terms::template add_run<T, Shape>(at, step, dy + x0 * Shape::kWidth, pixels,
-                                        totals + t * Shape::kWidth);
+                                        totals + t * Shape::kWidth, next[t / Terms::kTerms % 2]);
     }
   }
 }
@@ -184,11 +103,12 @@ class Gradient {
       loaded = l_.ring.template load_for<S>(c_, n, q, loaded);
       make_dy(n, q);
       place_terms(q);
+      Ahead next[2] = {row_below(c_.grad, n, q), row_below(c_.y, n, q)};
       for (int64_t p = 0; p < l_.panels.count; ++p) {
         double* const totals = l_.totals + p * l_.padded_terms * P;
         const T* const dy = l_.dy_row(q, p);
         with_conv_shape<T>(l_.panels.channels(p),
-                           [&](auto shape) { add_weights<decltype(shape)>(dy, totals); });
+                           [&](auto shape) { add_weights<decltype(shape)>(dy, totals, next); });
       }
     }
   }
@@ -228,12 +148,18 @@ class Gradient {
   }
 
   template <class Shape>
-  void add_weights(const T* dy, double* totals) const {
+  void add_weights(const T* dy, double* totals, Ahead (&next)[2]) const {
     const int64_t column = l_.ring.column_stride, step = c_.stride * column;
     const bool stem = c_.K == 3 && c_.stride == 2 && c_.dilation == 1;
-    if (stem && column == 1) return add_row<StemTerms<1>, Shape>(l_, step, dy, totals);
-    if (stem && column == 3) return add_row<StemTerms<3>, Shape>(l_, step, dy, totals);
-    add_row<AnyTerms, Shape>(l_, step, dy, totals);
+    if (stem && column == 1) return add_row<StemTerms<1>, Shape>(l_, step, dy, totals, next);
+    if (stem && column == 3) return add_row<StemTerms<3>, Shape>(l_, step, dy, totals, next);
+    add_row<AnyTerms, Shape>(l_, step, dy, totals, next);
+  }
+
+  Ahead row_below(const void* map, int64_t n, int64_t q) const {
+    const int64_t row = l_.Wo * c_.O;
+    const S* const begin = static_cast<const S*>(map) + (n * l_.Ho + q + 1) * row;
+    return {begin, begin + row};
   }
 
   void place_terms(int64_t q) const {

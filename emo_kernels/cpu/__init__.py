@@ -1,8 +1,8 @@
 """CPU backend: thin launchers over the kernels compiled into ``emo_kernels._C``."""
 
 from emo_kernels.cpu.batch_norm import (
-    batch_norm_act,
-    batch_norm_act_sums,
+    batch_norm_activate,
+    batch_norm_activate_sums,
     batch_norm_backward,
     batch_norm_backward_finalize,
     batch_norm_finalize,
@@ -45,8 +45,8 @@ from emo_kernels.cpu.window_attention import (
 )
 
 __all__ = [
-    "batch_norm_act",
-    "batch_norm_act_sums",
+    "batch_norm_activate",
+    "batch_norm_activate_sums",
     "batch_norm_backward",
     "batch_norm_backward_finalize",
     "batch_norm_finalize",

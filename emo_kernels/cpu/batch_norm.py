@@ -88,7 +88,7 @@ def batch_norm_backward(
     return dx
 
 
-def batch_norm_act(x: Tensor, norm: Tensor, *, act: str) -> Tensor:
+def batch_norm_activate(x: Tensor, norm: Tensor, *, act: str) -> Tensor:
     """act(scale (x - mean) + bias): (N, C, H, W), channels_last."""
     n, c, h, w = x.shape
     out = layout.new_map(x, n, c, h, w)
@@ -100,7 +100,7 @@ def batch_norm_act(x: Tensor, norm: Tensor, *, act: str) -> Tensor:
     return out
 
 
-def batch_norm_act_sums(grad: Tensor, x: Tensor, norm: Tensor, *, act: str) -> Tensor:
+def batch_norm_activate_sums(grad: Tensor, x: Tensor, norm: Tensor, *, act: str) -> Tensor:
     """(2, C) float64: sum dz and sum dz xhat, dz behind the norm, grad behind act."""
     n, c, h, w = x.shape
     if x.numel() == 0:
@@ -116,4 +116,4 @@ def _norm_act(
     x: Tensor, op: int, act: str, pointers: tuple[int, ...], sizes: tuple[int, ...]
 ) -> None:
     dtype, activation = layout.DTYPES[x.dtype], layout.ACTIVATIONS[act]
-    _C.batch_norm_act(dtype, op, activation, pointers, sizes, torch.get_num_threads())
+    _C.batch_norm_activate(dtype, op, activation, pointers, sizes, torch.get_num_threads())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
-from emo_kernels.cpu.batch_norm import batch_norm_act_sums, batch_norm_backward_finalize
+from emo_kernels.cpu.batch_norm import batch_norm_activate_sums, batch_norm_backward_finalize
 from emo_kernels.cpu.bound import BoundCall, bind
 from emo_kernels.spec import Conditions, conv_output_size
 
@@ -136,7 +136,7 @@ def conv_norm_act_backward(
     if y is None or norm is None or coefficients is None:
         y = conv_norm_act(x, weight, bias, act="none", **options)
         norm = _norm(y, norm_weight, norm_bias, norm_mean, norm_var, eps)
-        sums = batch_norm_act_sums(grad, y, norm, act=act)
+        sums = batch_norm_activate_sums(grad, y, norm, act=act)
         coefficients = batch_norm_backward_finalize(sums, norm, 1.0, None, False)
     n, c, h, w = x.shape
     dx = layout.new_map(x, n, c, h, w) if needed[0] else None

@@ -55,7 +55,7 @@ backward = define_kernel(
 )
 
 act = define_kernel(
-    "batch_norm_act",
+    "batch_norm_activate",
     "Tensor x, Tensor norm",
     "str act",
     "Tensor",
@@ -63,7 +63,7 @@ act = define_kernel(
 )
 
 act_sums = define_kernel(
-    "batch_norm_act_sums",
+    "batch_norm_activate_sums",
     "Tensor grad, Tensor x, Tensor norm",
     "str act",
     "Tensor",

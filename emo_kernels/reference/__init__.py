@@ -7,8 +7,8 @@ Every other backend is tested against this one, and falls back to it for what it
 from __future__ import annotations
 
 from emo_kernels.reference.batch_norm import (
-    batch_norm_act,
-    batch_norm_act_sums,
+    batch_norm_activate,
+    batch_norm_activate_sums,
     batch_norm_backward,
     batch_norm_backward_finalize,
     batch_norm_finalize,
@@ -33,8 +33,8 @@ from emo_kernels.reference.squeeze import squeeze, squeeze_backward
 from emo_kernels.reference.window_attention import window_attention, window_attention_backward
 
 __all__ = [
-    "batch_norm_act",
-    "batch_norm_act_sums",
+    "batch_norm_activate",
+    "batch_norm_activate_sums",
     "batch_norm_backward",
     "batch_norm_backward_finalize",
     "batch_norm_finalize",

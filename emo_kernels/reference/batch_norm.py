@@ -135,7 +135,7 @@ def batch_norm_backward(
     return (dx if residual is None else dx + residual).to(x.dtype)
 
 
-def batch_norm_act(x: Tensor, norm: Tensor, *, act: str) -> Tensor:
+def batch_norm_activate(x: Tensor, norm: Tensor, *, act: str) -> Tensor:
     """act(scale (x - mean) + bias): no shift that cancels a large mean.
 
     Args:
@@ -147,22 +147,22 @@ def batch_norm_act(x: Tensor, norm: Tensor, *, act: str) -> Tensor:
         (N, C, H, W).
 
     Example:
-        >>> batch_norm_act(torch.ones(1, 1, 1, 1), torch.ones(4, 1), act="relu").item()
+        >>> batch_norm_activate(torch.ones(1, 1, 1, 1), torch.ones(4, 1), act="relu").item()
         1.0
     """
     scale, bias, mean = norm[:3].reshape(3, -1, 1, 1)
     return activate(scale * (x - mean) + bias, act).to(x.dtype)
 
 
-def batch_norm_act_grad(grad: Tensor, x: Tensor, norm: Tensor, act: str) -> Tensor:
+def batch_norm_activate_grad(grad: Tensor, x: Tensor, norm: Tensor, act: str) -> Tensor:
     """dz = grad act'(scale (x - mean) + bias): (N, C, H, W)."""
     scale, bias, mean = norm[:3].reshape(3, -1, 1, 1)
     (dz,) = gradients(lambda z: activate(z, act), [scale * (x - mean) + bias], grad, [True])
     return dz
 
 
-def batch_norm_act_sums(grad: Tensor, x: Tensor, norm: Tensor, *, act: str) -> Tensor:
-    """What :func:`batch_norm_backward_finalize` takes of :func:`batch_norm_act`'s gradient.
+def batch_norm_activate_sums(grad: Tensor, x: Tensor, norm: Tensor, *, act: str) -> Tensor:
+    """What :func:`batch_norm_backward_finalize` takes of :func:`batch_norm_activate`'s gradient.
 
     Args:
         grad: (N, C, H, W), behind the activation.
@@ -173,7 +173,7 @@ def batch_norm_act_sums(grad: Tensor, x: Tensor, norm: Tensor, *, act: str) -> T
 
     Example:
         >>> x = torch.ones(1, 1, 1, 2)
-        >>> batch_norm_act_sums(x, 3 * x, torch.ones(4, 1), act="none").flatten().tolist()
+        >>> batch_norm_activate_sums(x, 3 * x, torch.ones(4, 1), act="none").flatten().tolist()
         [2.0, 4.0]
     """
-    return channel_sums(batch_norm_act_grad(grad, x, norm, act), x, norm)
+    return channel_sums(batch_norm_activate_grad(grad, x, norm, act), x, norm)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emo_kernels.reference.batch_norm import (
-    batch_norm_act_grad,
+    batch_norm_activate_grad,
     batch_norm_backward,
     batch_norm_sums,
 )
@@ -101,7 +101,7 @@ def conv_norm_act_backward(
     if coefficients is None or norm is None or y is None:
         tensors = (x, weight, bias, norm_weight, norm_bias, norm_mean, norm_var)
         return gradients(lambda *t: conv_norm_act(*t, act=act, **options), tensors, grad, needed)
-    dz = batch_norm_act_grad(grad, y, norm, act)
+    dz = batch_norm_activate_grad(grad, y, norm, act)
     dy = batch_norm_backward(dz, y, coefficients, None)
     options.pop("eps")
     return gradients(lambda *t: conv_norm_act(*t, **options), (x, weight, bias), dy, needed[:3])
