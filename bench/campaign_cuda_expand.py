@@ -30,7 +30,7 @@ class Layer(NamedTuple):
     h: int
     w: int
     k: int
-    affine: bool  # a batch norm in front, else none
+    norm: str  # in front: none, affine, layer
     options: dict[str, Any]
 
     @property
@@ -51,12 +51,14 @@ def layers(models: tuple[str, ...], size: int) -> list[Layer]:
             if not block.expands:
                 continue
             options = _options(block.act, block.kernel, block.stride)
-            sizes = (block.c, block.m, block.h, block.w, block.kernel, block.norm == "batch")
+            norm = "affine" if block.norm == "batch" else block.norm
+            norm = "none" if block.head_dim else norm
+            sizes = (block.c, block.m, block.h, block.w, block.kernel, norm)
             layer = Layer(f"{model} {block.name}", *sizes, options)
             found.setdefault((*sizes, block.stride), layer)
     odd = [
-        Layer("single elements", 21, 34, 13, 9, 3, True, _options("gelu", 3, 1)),
-        Layer("a wide map", 24, 52, 5, 150, 5, False, _options("relu", 5, 2)),
+        Layer("single elements", 21, 34, 13, 9, 3, "layer", _options("gelu", 3, 1)),
+        Layer("a wide map", 24, 52, 5, 150, 5, "none", _options("relu", 5, 2)),
     ]
     return [*found.values(), *odd]
 
@@ -81,14 +83,14 @@ def tensors_of(layer: Layer, n: int, dtype: torch.dtype, device: str) -> Tensors
 
     c, m, k = layer.c, layer.m, layer.k
     x = random(n, c, layer.h, layer.w).contiguous(memory_format=torch.channels_last)
-    norm = [random(c), random(c)] if layer.affine else [None, None]
+    norm = [random(c), random(c)] if layer.norm != "none" else [None, None]
     return Tensors(x, random(m, c, 1, 1) / c**0.5, random(m), *norm, random(m, 1, k, k) / k)
 
 
 def call_of(namespace: Any, function: str, t: Tensors, layer: Layer) -> Callable[[], Any]:
     """The map and its sums."""
-    norm = "affine" if layer.affine else "none"
-    return lambda: namespace.expand_depthwise_statistics(*t, None, norm=norm, **layer.options)
+    run = namespace.expand_depthwise_statistics
+    return lambda: run(*t, None, norm=layer.norm, **layer.options)
 
 
 def maps(function: str, t: Tensors, layer: Layer) -> tuple[Tensor, ...]:
@@ -108,7 +110,7 @@ def rivals(function: str, t: Tensors, layer: Layer) -> Iterator[tuple[str, Any, 
     triton = importlib.import_module("emo_kernels.triton")
     step = {name: layer.options[name] for name in ("stride", "padding", "dilation")}
     expansion = {name: layer.options[name] for name in ("eps", "act", "groups")}
-    expansion["norm"] = "affine" if layer.affine else "none"
+    expansion["norm"] = layer.norm
 
     def behind(convolve: Callable[[Tensor], Any]) -> Callable[[], Any]:
         return lambda: convolve(triton.expand(*t[:5], **expansion))

@@ -48,9 +48,11 @@ struct DepthwiseBackwardCall {
 struct ExpandDepthwiseCall {
   DType dtype = DType::kFloat32;
   Activation act = Activation::kNone;
+  Norm norm = Norm::kNone;
+  float norm_eps = 0.0f;          // of a layer norm
   const void* x = nullptr;        // (N, H, W, C)
   void* y = nullptr;              // (N, Ho, Wo, M)
-  Vector norm_weight, norm_bias;  // (C,): norm_weight[c] x + norm_bias[c]; absent: 1, 0
+  Vector norm_weight, norm_bias;  // (C,) of an affine or layer norm; absent: 1, 0
   Vector weight, bias;            // (M, C), (M,)
   Vector filters, pivot;          // (M, K, K), (M,)
   double* sums = nullptr;         // (2, M)

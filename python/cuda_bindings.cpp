@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+
 #include "emo_kernels_cuda.h"
 
 namespace py = pybind11;
@@ -60,10 +62,12 @@ DepthwiseBackwardCall backward_call(int dtype, const py::tuple& pointers, const 
 ExpandDepthwiseCall expand_depthwise_sizes(int dtype, const py::tuple& sizes) {
   ExpandDepthwiseCall call;
   call.dtype = static_cast<DType>(dtype);
-  int64_t act = 0;
+  int64_t act = 0, norm = 0, eps_bits = 0;
   size_all(sizes, {&call.N, &call.C, &call.M, &call.H, &call.W, &call.K, &call.stride,
-                   &call.padding, &act});
-  call.act = static_cast<Activation>(act);
+                   &call.padding, &act, &norm, &eps_bits});
+  call.act = static_cast<Activation>(act), call.norm = static_cast<Norm>(norm);
+  const auto bits = static_cast<uint32_t>(eps_bits);
+  std::memcpy(&call.norm_eps, &bits, sizeof(bits));
   return call;
 }
 

@@ -31,11 +31,11 @@ def takes(row: Row) -> bool:
 
 
 def distinct(rows: list[Row]) -> list[Row]:
-    """One row of those that are one to the kernel: it sees no attention and no layer norm."""
+    """One row of those that are one to the kernel: it sees no attention."""
     found: dict[Any, Row] = {}
     for row in rows:
-        affine = row.norm == "batch" and not row.head_dim
-        key = (*row.input_shape, row.m, row.kernel, row.stride, row.act, affine, row.bias)
+        norm = "none" if row.head_dim else row.norm
+        key = (*row.input_shape, row.m, row.kernel, row.stride, row.act, norm, row.bias)
         found.setdefault(key, row)
     return list(found.values())
 
@@ -48,6 +48,7 @@ FEW = shapes.rows(
     "1m_stage4_20x20",
     "stride_2_13x9",
     "stride_2_8x15_k5",
+    "5m_stage3_down_small",
     "ragged_c21",
     "no_norm",
     "pixel",
@@ -55,9 +56,9 @@ FEW = shapes.rows(
 )
 
 
-def expansion(act: str) -> dict[str, Any]:
+def expansion(act: str, norm: str = "affine") -> dict[str, Any]:
     """Options of a call, but for the convolution's step."""
-    return {"norm": "affine", "eps": 1e-6, "act": act, "groups": 1, "dilation": 1}
+    return {"norm": norm, "eps": 1e-6, "act": act, "groups": 1, "dilation": 1}
 
 
 class Call:
@@ -67,12 +68,13 @@ class Call:
         case = CASES["expand"](row, **data)
         weights = shapes.weights(row, **data)
         tensors: dict[str, Tensor | None] = {**case.tensors, "dw_weight": weights.dw_weight}
-        if case.options["norm"] != "affine":
+        norm = "none" if row.head_dim else case.options["norm"]
+        if norm == "none":
             tensors |= {"norm_weight": None, "norm_bias": None}
         names = ("x", "weight", "bias", "norm_weight", "norm_bias", "dw_weight")
         rounded = round_all({name: tensors.get(name) for name in names}, dtype)
         self.tensors = [rounded[name] for name in names]
-        self.options = expansion(row.act) | {"stride": row.stride, "padding": row.padding}
+        self.options = expansion(row.act, norm) | {"stride": row.stride, "padding": row.padding}
 
     def run(self, device: str = "cpu") -> Tensor:
         return cuda.expand_depthwise(*moved(device, *self.tensors), **self.options)
@@ -85,8 +87,9 @@ class Call:
         return reference.expand_depthwise(*self.tensors, **self.options)
 
 
-def oracle_of(tensors: list[Any], *, act: str, stride: int, padding: int, **_: Any) -> Tensor:
-    e = oracle.expand(*tensors[:5], norm="affine", act=act)
+def oracle_of(tensors: list[Any], *, stride: int, padding: int, **options: Any) -> Tensor:
+    options.pop("dilation")
+    e = oracle.expand(*tensors[:5], **options)
     return oracle.depthwise_conv2d(e, tensors[5], stride=stride, padding=padding)
 
 
@@ -201,6 +204,22 @@ def test_pieces_of_a_map(device: str, shape: tuple[int, ...], m: int, k: int, st
 
 
 @on_both
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("c", "affine"), [(21, True), (40, False), (72, True)])
+def test_layer_norm_in_front(device: str, dtype: str, c: int, affine: bool) -> None:
+    """Channels in and not in eights, a mean far from zero, no parameters."""
+    kind = DTYPES[dtype]
+    x = (random((2, c, 9, 11), torch.float64, 1) + 30.0).to(kind)
+    norm = [random((c,), kind, i) for i in (2, 3)] if affine else [None, None]
+    weight, filters = random((34, c, 1, 1), kind, 4) * 0.2, random((34, 1, 5, 5), kind, 5)
+    tensors = [x, weight, None, *norm, filters]
+    options = expansion("gelu", "layer") | {"stride": 2, "padding": 2}
+    y = cuda.expand_depthwise(*moved(device, *tensors), **options)
+    want = oracle_of([None if t is None else t.double() for t in tensors], **options)
+    close(y, want, reference.expand_depthwise(*tensors, **options), kind, "y")
+
+
+@on_both
 @pytest.mark.parametrize("padding", [0, 1, 4])
 def test_any_padding(device: str, padding: int) -> None:
     """Also rows and columns of y that see nothing but the zeros around e."""
@@ -305,7 +324,6 @@ def test_what_the_kernel_does_not_take() -> None:
     call = Call(shapes.rows("5m_stage1_down_small")[0], torch.float32)
     one = "expand and depthwise convolution in one kernel take"
     assert unsupported(call) is None
-    assert unsupported(call, norm="layer") == f"{one} no layer norm in front"
     assert unsupported(call, stride=3) == f"{one} a stride of 1 or 2, got 3"
     assert unsupported(call, dilation=2) == f"{one} no dilation, got 2"
     assert unsupported(call, groups=2) == f"{one} one group, got 2"
@@ -331,7 +349,7 @@ def test_published_blocks_leave_shared_memory_for_two_blocks() -> None:
     """99 KB is what every GPU from sm_80 on has for one, and half of sm_90's for two."""
     for row in shapes.VIEWS["irmb"]():
         if takes(row) and row.n:
-            step = (row.kernel, row.stride, row.padding, 0)
+            step = (row.kernel, row.stride, row.padding, 0, 0, 0)
             sizes = (row.n, row.c, row.m, row.h, row.w, *step)
             assert 0 < _C.cuda_expand_depthwise_shared_bytes(2, sizes) <= 99 * 1024, row
 
@@ -344,17 +362,17 @@ def test_a_launch_without_a_gpu_names_its_kernel() -> None:
     absent, present = (0, 0), (x.data_ptr(), 0)
     at = (x.data_ptr(), absent, absent, present, absent, present, absent, x.data_ptr(), 0)
     with pytest.raises(RuntimeError, match="expand_depthwise"):
-        _C.cuda_expand_depthwise(0, at, (1, 1, 2, 1, 1, 3, 1, 1, 0), 0, 0, 0)
+        _C.cuda_expand_depthwise(0, at, (1, 1, 2, 1, 1, 3, 1, 1, 0, 0, 0), 0, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((1, 1, 2, 1, 1, 4, 1, 2, 0), "K 3 or 5, stride 1 or 2, M even"),
-        ((1, 1, 2, 9, 9, 3, 3, 1, 0), "K 3 or 5, stride 1 or 2, M even"),
-        ((1, 1, 3, 9, 9, 3, 1, 1, 0), "K 3 or 5, stride 1 or 2, M even"),
-        ((1, 4096, 2, 9, 9, 3, 1, 1, 0), "too many channels for shared memory"),
-        ((1, 1, 2, 1, 1, 5, 1, 1, 0), "nothing to compute"),
+        ((1, 1, 2, 1, 1, 4, 1, 2, 0, 0, 0), "K 3 or 5, stride 1 or 2, M even"),
+        ((1, 1, 2, 9, 9, 3, 3, 1, 0, 0, 0), "K 3 or 5, stride 1 or 2, M even"),
+        ((1, 1, 3, 9, 9, 3, 1, 1, 0, 0, 0), "K 3 or 5, stride 1 or 2, M even"),
+        ((1, 4096, 2, 9, 9, 3, 1, 1, 0, 0, 0), "too many channels for shared memory"),
+        ((1, 1, 2, 1, 1, 5, 1, 1, 0, 0, 0), "nothing to compute"),
     ],
 )
 def test_calls_that_no_launcher_makes(sizes: tuple[int, ...], message: str) -> None:

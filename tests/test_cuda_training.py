@@ -21,7 +21,9 @@ from emo_kernels.ops.irmb_step import ALONE, Plan, Step
 from emo_kernels.spec import BatchNormMode, IRMBWeights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROWS = shapes.rows("5m_stage1_down_small", "stride_2_13x9", "stride_2_8x15_k5", "batch_5")
+ROWS = shapes.rows(
+    "5m_stage1_down_small", "no_skip", "stride_2_13x9", "stride_2_8x15_k5", "batch_5"
+)
 
 
 def counting(name: str, run: Callable[..., Any], calls: list[str]) -> Callable[..., Any]:
@@ -72,7 +74,8 @@ def step_of(row: Row) -> tuple[Step, Tensor]:
     ("name", "written"),
     [
         ("5m_stage1_down_small", False),
-        ("5m_stage3_down_small", True),  # behind a layer norm
+        ("5m_stage3_down_small", False),
+        ("dilated", True),
         ("v2_5m_stage1_small", True),  # the skip adds e to what the convolution gives
         ("kernel_7", True),
     ],

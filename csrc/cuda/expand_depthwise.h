@@ -1,7 +1,7 @@
-// Computes: y = the depthwise convolution of e = act(W n + b), n = x or scale[c] x + shift[c]
-// (SPEC,
-//     steps 2 to 4 without attention), zeros outside the map of e; and where asked the batch-norm
-//     sums of y as stored: of y - pivot and of its square, over the pixels.
+// Computes: y = the depthwise convolution of e = act(W n + b), n = x, its layer norm over the
+//     channels of a pixel, or scale[c] x + shift[c] (SPEC, steps 2 to 4 without attention), zeros
+//     outside the map of e; and where asked the batch-norm sums of y as stored: of y - pivot and of
+//     its square, over the pixels.
 // Tiling: a block has a chunk of the expanded channels and goes down a segment of rows, `step` rows
 //     of y at a time: the new rows of x come into shared memory by asynchronous copies while the
 //     step before is convolved; warps multiply tiles of 32 pixels by 32 channels on tensor cores
@@ -9,12 +9,11 @@
 //     of 7 columns of two channels. e is never written to memory.
 // Traffic: x once for each chunk, from the caches but for the first; y once. 2 C + 2 K K operations
 //     an element of e.
-// Numerics: n and e rounded to the type of the map, products as mma.h says, the rest in fp32. Sums
-// as
-//     the depthwise kernel's. The same bits on every run.
+// Numerics: n and e rounded to the type of the map, products as mma.h says, the rest in fp32. The
+//     layer norm's variance from deviations, a second pass. Sums as the depthwise kernel's. The
+//     same bits on every run.
 // Limits: K 3 or 5, stride 1 or 2, no dilation, an even M, one group. x in accesses of 16 bytes
-// where
-//     its channels and address allow, else element by element.
+//     where its channels and address allow, else element by element.
 #pragma once
 
 #include "cuda/activation.h"
@@ -30,6 +29,8 @@ struct ExpandDepthwiseArgs {
   ExpandPlan plan;
   int C;
   Activation act;
+  Norm norm;
+  float eps;                      // of the layer norm
   bool in_vectors;                // x in accesses of 16 bytes
   const T* x;                     // (N, H, W, C)
   T* y;                           // (N, HO, WO, M)
@@ -70,6 +71,10 @@ class ExpandDepthwise {
       for (int t = 0; t * plan.step < piece.rows; ++t) {
         const NewRows rows = new_rows(plan, args.g, piece, t);
         each([&](ExpandDepthwise& self) { self.land(piece, rows); });
+        if (args.norm == Norm::kLayer) {
+          each.warps([&](ExpandDepthwise& self) { self.normalize(rows.count * piece.width); });
+          each.barrier();
+        }
         each.then([&](ExpandDepthwise& self) {
           if (t == 0 && other_columns) self.clear_outside(piece);
         });
@@ -104,9 +109,6 @@ class ExpandDepthwise {
   EMO_KERNEL T* weight() const { return reinterpret_cast<T*>(shared_); }
   EMO_KERNEL T* tile() const { return reinterpret_cast<T*>(shared_ + args_.plan.tile_at); }
   EMO_KERNEL float* floats(int at) const { return reinterpret_cast<float*>(shared_ + at); }
-  EMO_KERNEL bool has_norm() const {
-    return args_.norm_weight.data != nullptr || args_.norm_bias.data != nullptr;
-  }
 
   // Row `row` of e, counted from the unit's first, in the ring.
   EMO_KERNEL T* ring_row(int slot) const {
@@ -142,7 +144,7 @@ class ExpandDepthwise {
       const int64_t at = int64_t{first_m_ + m} * (K * K) + tap;
       write(floats(plan.filters_at) + i, m < live ? elements<float>(args_.filters, at) : 0.0f);
     }
-    if (!has_norm()) return;
+    if (args_.norm == Norm::kNone) return;
     for (int c = thread_; c < args_.C; c += kExpandThreads) {
       const bool scaled = args_.norm_weight.data != nullptr,
                  shifted = args_.norm_bias.data != nullptr;
@@ -194,16 +196,16 @@ class ExpandDepthwise {
     } else {
       for_accesses<1>(piece, rows, [&](int64_t offset, T* to, int c) {
         const T x = read(args_.x + offset);
-        write(to, has_norm() ? narrow<T>(normed(widen(x), c)) : x);
+        write(to, args_.norm == Norm::kAffine ? narrow<T>(normed(widen(x), c)) : x);
       });
     }
   }
 
-  // Waits for what this thread has fetched, and normalises it.
+  // Waits for what this thread has fetched, and scales and shifts it.
   EMO_KERNEL void land(const Piece& piece, const NewRows& rows) {
     if (!args_.in_vectors) return;
     copies_.template wait<0>();
-    if (!has_norm()) return;
+    if (args_.norm != Norm::kAffine) return;
     for_accesses<kVector>(piece, rows, [&](int64_t, T* at, int c) {
       auto* const place = reinterpret_cast<Vector16*>(at);
       Vector16 values = read(place);
@@ -212,6 +214,48 @@ class ExpandDepthwise {
         values.words[i] = normed_word(values.words[i], c + i * kVector / 4);
       write(place, values);
     });
+  }
+
+  // The layer norm of the tile's pixels: four lanes share one, each every fourth pair of channels.
+  EMO_KERNEL void normalize(int pixels) const {
+    constexpr int kPixels = kLanes / 4;
+    for (int first = thread_ / kLanes * kPixels; first < pixels; first += kExpandWarps * kPixels) {
+      PerLane<float> mean, variance;
+      for_lanes([&](int lane) {
+        for_pairs(first + lane / 4, pixels, lane, [&](Pair<T>* at, int c) {
+          const Float2 x = widen(read(at));
+          mean[lane] = mean[lane] + (x.x + (c + 1 < args_.C ? x.y : 0.0f));
+        });
+      });
+      join_lanes();
+      sum_of_four(mean);
+      for_lanes([&](int lane) {
+        mean[lane] = mean[lane] / static_cast<float>(args_.C);
+        for_pairs(first + lane / 4, pixels, lane, [&](Pair<T>* at, int c) {
+          const Float2 d = widen(read(at)) - Float2{mean[lane], mean[lane]};
+          variance[lane] = fused(d.x, d.x, variance[lane]);
+          if (c + 1 < args_.C) variance[lane] = fused(d.y, d.y, variance[lane]);
+        });
+      });
+      join_lanes();
+      sum_of_four(variance);
+      for_lanes([&](int lane) {
+        const float scale = 1.0f / sqrtf(variance[lane] / static_cast<float>(args_.C) + args_.eps);
+        for_pairs(first + lane / 4, pixels, lane, [&](Pair<T>* at, int c) {
+          const Float2 d = widen(read(at)) - Float2{mean[lane], mean[lane]};
+          const float right = c + 1 < args_.C ? normed(d.y * scale, c + 1) : 0.0f;
+          write(at, pack<T>(Float2{normed(d.x * scale, c), right}));
+        });
+      });
+    }
+  }
+
+  // visit(place in the tile, channel) for a lane's pairs of channels of a pixel.
+  template <class Visit>
+  EMO_KERNEL void for_pairs(int pixel, int pixels, int lane, const Visit& visit) const {
+    if (pixel >= pixels) return;
+    auto* const row = reinterpret_cast<Pair<T>*>(tile() + pixel * args_.plan.tile_stride);
+    for (int pair = lane % 4; 2 * pair < args_.C; pair += 4) visit(row + pair, 2 * pair);
   }
 
   EMO_KERNEL float normed(float x, int c) const {
@@ -249,6 +293,7 @@ class ExpandDepthwise {
     const int tiles_m = (args_.plan.chunk + kTileM - 1) / kTileM;
     const int tiles = (pixels + kTileP - 1) / kTileP * tiles_m;
     for (int index = thread_ / kLanes; index < tiles; index += kExpandWarps) {
+      join_lanes();
       const int pixel = index / tiles_m * kTileP, m = index % tiles_m * kTileM;
       const T *const x = tile() + pixel * stride, *const w = weight() + m * stride;
       PerLane<Accumulator> sums[2][4];

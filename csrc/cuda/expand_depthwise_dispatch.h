@@ -44,7 +44,7 @@ int64_t expand_depthwise_in(const ExpandDepthwiseCall& call, Launcher& launcher)
   }
   const bool aligned = reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
   args.in_vectors = aligned && task.C * sizeof(T) % 16 == 0;
-  args.act = call.act;
+  args.act = call.act, args.norm = call.norm, args.eps = call.norm_eps;
   args.x = static_cast<const T*>(call.x), args.y = static_cast<T*>(call.y);
   args.norm_weight = call.norm_weight, args.norm_bias = call.norm_bias;
   args.weight = call.weight, args.bias = call.bias, args.filters = call.filters;

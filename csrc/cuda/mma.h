@@ -78,6 +78,26 @@ EMO_KERNEL void for_lanes(const Body& body) {
 #endif
 }
 
+// Waits for all lanes, which may have parted ways. Warp-wide calls want them together.
+EMO_KERNEL void join_lanes() {
+#if defined(__CUDACC__)
+  __syncwarp();
+#endif
+}
+
+// Gives each lane the sum over its four, 4 g .. 4 g + 3, added in one order.
+EMO_KERNEL void sum_of_four(PerLane<float>& value) {
+#if defined(__CUDACC__)
+  value[0] = value[0] + __shfl_xor_sync(0xffffffffu, value[0], 1);
+  value[0] = value[0] + __shfl_xor_sync(0xffffffffu, value[0], 2);
+#else
+  for (int lane = 0; lane < kLanes; lane += 4) {
+    const float sum = (value[lane] + value[lane + 1]) + (value[lane + 2] + value[lane + 3]);
+    for (int i = 0; i < 4; ++i) value[lane + i] = sum;
+  }
+#endif
+}
+
 // Elements from one row of a tile of K columns in shared memory to the next: 16 more than a
 // multiple of 32 bytes in 16 bits, so that eight rows lie in different banks.
 EMO_ANYWHERE int padded_row(int K) { return (K + 15) / 16 * 16 + 8; }

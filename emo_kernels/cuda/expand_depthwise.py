@@ -6,6 +6,8 @@ For CUDA tensors; for CPU tensors the same calls take the kernel's walk on the h
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,20 @@ from emo_kernels.spec import conv_output_size
 
 
 def _sizes(
-    x: Tensor, weight: Tensor, dw_weight: Tensor, act: str, stride: int, padding: int
+    x: Tensor,
+    weight: Tensor,
+    dw_weight: Tensor,
+    norm: str,
+    eps: float,
+    act: str,
+    stride: int,
+    padding: int,
 ) -> tuple[int, ...]:
+    """What the kernel is told besides pointers; eps as the bits of a float."""
     n, c, h, w = x.shape
-    activation = layout.ACTIVATIONS[act]
-    return (n, c, weight.shape[0], h, w, dw_weight.shape[-1], stride, padding, activation)
+    bits = int.from_bytes(struct.pack("<f", eps), "little")
+    switches = (layout.ACTIVATIONS[act], layout.NORMS[norm], bits)
+    return (n, c, weight.shape[0], h, w, dw_weight.shape[-1], stride, padding, *switches)
 
 
 def expand_depthwise_unsupported(
@@ -46,8 +57,6 @@ def expand_depthwise_unsupported(
     if reason is not None:
         return reason
     m, k = dw_weight.shape[0], dw_weight.shape[-1]
-    if norm == "layer":
-        return "expand and depthwise convolution in one kernel take no layer norm in front"
     limits = {
         "a convolution of 3 or 5 taps": (k in (3, 5), k),
         "a stride of 1 or 2": (stride in (1, 2), stride),
@@ -58,7 +67,7 @@ def expand_depthwise_unsupported(
     for limit, (kept, got) in limits.items():
         if not kept:
             return f"expand and depthwise convolution in one kernel take {limit}, got {got}"
-    sizes = _sizes(x, weight, dw_weight, act, stride, padding)
+    sizes = _sizes(x, weight, dw_weight, norm, eps, act, stride, padding)
     shared_bytes = _C.cuda_expand_depthwise_shared_bytes
     if 0 not in (x.numel(), m) and shared_bytes(layout.DTYPES[x.dtype], sizes) == 0:
         return f"{x.shape[1]} channels of {x.dtype} do not fit into shared memory"
@@ -74,6 +83,8 @@ def _forward(
     dw_weight: Tensor,
     pivot: Tensor | None,
     sums: Tensor | None,
+    norm: str,
+    eps: float,
     act: str,
     stride: int,
     padding: int,
@@ -85,7 +96,7 @@ def _forward(
         if sums is not None:
             sums.zero_()
         return y
-    sizes = _sizes(x, weight, dw_weight, act, stride, padding)
+    sizes = _sizes(x, weight, dw_weight, norm, eps, act, stride, padding)
     x = layout.pixels(x)
     vectors = (norm_weight, norm_bias, weight, bias, dw_weight, pivot)
     rows = [None if vector is None else vector.contiguous() for vector in vectors]
@@ -124,7 +135,7 @@ def expand_depthwise(
 ) -> Tensor:
     """The depthwise convolution of act(W norm(x) + b), within the limits of the kernel."""
     tensors = (x, weight, bias, norm_weight, norm_bias, dw_weight)
-    return _forward(*tensors, None, None, act, stride, padding)
+    return _forward(*tensors, None, None, norm, eps, act, stride, padding)
 
 
 def expand_depthwise_statistics(
@@ -147,4 +158,4 @@ def expand_depthwise_statistics(
     """:func:`expand_depthwise` and, from the same pass, its (2, M) float64 sums about the pivot."""
     sums = torch.empty((2, weight.shape[0]), dtype=torch.float64, device=x.device)
     tensors = (x, weight, bias, norm_weight, norm_bias, dw_weight)
-    return _forward(*tensors, pivot, sums, act, stride, padding), sums
+    return _forward(*tensors, pivot, sums, norm, eps, act, stride, padding), sums

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+NORMS = {"none": 0, "affine": 1, "layer": 2}
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
 MAP_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
