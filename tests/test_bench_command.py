@@ -295,3 +295,33 @@ def test_a_real_ctrl_c(elsewhere: Path) -> None:
     assert "Traceback" not in err
     assert "infer emo_1m fp32 b1" in out
     assert results.read(Path("out.json"))["rows"][0]["status"] == "ok"
+
+
+@pytest.mark.slow  # starts Python twice
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
+def test_a_killed_run_leaves_no_child() -> None:
+    """One that went on would disturb the next benchmark."""
+    command = [sys.executable, "-m", "emo_kernels", "bench", *SMALL, "--seconds", "60"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    found: list[str] = []
+    assert running.stderr is not None
+    for line in running.stderr:  # of the child, ten seconds after it began to measure
+        found = children.read_text().split()
+        if found and "infer emo_1m" in line:
+            break
+    running.kill()
+    running.wait()
+    running.stderr.close()
+    (child_id,) = found
+    end = time.monotonic() + 20
+    while _lives(child_id) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not _lives(child_id)
+
+
+def _lives(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
