@@ -7,6 +7,8 @@
 // pixels by every warps_n-th 16 channels.
 #pragma once
 
+#include <initializer_list>
+
 #include "cuda/depthwise_tiles.h"
 #include "cuda/norm_rows.h"
 
@@ -84,20 +86,37 @@ inline int lay_out(BlockPlan& plan, const BlockShape& s, int strip, int bytes) {
   return plan.shared;
 }
 
-// Multiplications of all tiles, as the warps make them: with what they pad and compute twice.
-inline double work_of(const BlockPlan& plan, const BlockShape& s) {
-  const double expand = static_cast<double>(plan.pixels) * s.C;
+// Shares M out among about kFewBlocks blocks, or not at all.
+inline void share_out(BlockPlan& plan, const BlockShape& s, bool shares) {
+  const int64_t blocks = s.N * plan.tiles();
+  const int64_t wanted = shares && blocks > 0 ? ceil_div(kFewBlocks, blocks) : 1;
+  const int splits = wanted < plan.chunks ? static_cast<int>(wanted) : plan.chunks;
+  plan.chunks_a_split = static_cast<int>(ceil_div(plan.chunks, splits));
+  plan.splits = static_cast<int>(ceil_div(plan.chunks, plan.chunks_a_split));
+}
+
+// How long a launch takes, in multiplications of a block as its warps make them: with what they pad
+// and compute twice.
+inline double time_of(const BlockPlan& plan, const BlockShape& s, int shared_limit) {
+  const double pixels = plan.pixels, sums = 32.0 * plan.warps_m * s.O;
+  const double expand = pixels * s.C;
   const double shrink = 32.0 * plan.warps_m * plan.warps_n * plan.pairs * 16;
   const double convolve = 8.0 * plan.tile_h * plan.tile_w * s.K * s.K;  // on slower units
-  return (expand + shrink + convolve) * static_cast<double>(plan.tiles());
+  const double weights = 8.0 * (s.C + s.O);
+  const double chunks = (expand + shrink + convolve + weights) * kChunk * plan.chunks_a_split;
+  const double ends = 16.0 * pixels * s.C + (plan.splits > 1 ? 32.0 : 16.0) * sums;
+  // Alone on its multiprocessor, a block's phases overlap with no other's.
+  const bool twice = 2 * (plan.shared + kReserved) <= shared_limit + kReserved;
+  const int64_t rounds = ceil_div(s.N * plan.tiles() * plan.splits, kFewBlocks / 2);
+  return static_cast<double>(rounds) * (twice ? 1.0 : 1.4) * (chunks + ends);
 }
 
 }  // namespace detail
 
-// The plan with the least work that fits; its `shared` is 0 where none does.
+// The fastest plan that fits, as far as this counts; its `shared` is 0 where none does.
 inline BlockPlan make_block_plan(const BlockShape& s, int strip, int bytes, int shared_limit) {
   BlockPlan best;
-  double least_work = 0.0;
+  double least_time = 0.0;
   const int wide = static_cast<int>(ceil_div(s.O, 16));
   for (int warps_m = 4; warps_m >= 1; warps_m /= 2) {
     BlockPlan plan;
@@ -108,21 +127,15 @@ inline BlockPlan make_block_plan(const BlockShape& s, int strip, int bytes, int 
     for (plan.tile_w = 1; plan.tile_w <= least(s.WO, pixels); ++plan.tile_w) {
       plan.tile_h = least(s.HO, pixels / plan.tile_w);
       if (detail::lay_out(plan, s, strip, bytes) > shared_limit) continue;
-      // Alone on its multiprocessor, a block's phases overlap with no other's.
-      const bool twice = 2 * (plan.shared + kReserved) <= shared_limit + kReserved;
-      const double alone = twice ? 1.0 : 1.4;
-      const double work = alone * detail::work_of(plan, s);
-      if (best.shared != 0 && work >= least_work) continue;
-      best = plan;
-      least_work = work;
+      for (const bool shares : {false, true}) {
+        detail::share_out(plan, s, shares);
+        const double time = detail::time_of(plan, s, shared_limit);
+        if (best.shared != 0 && time >= least_time) continue;
+        best = plan;
+        least_time = time;
+      }
     }
   }
-  if (best.shared == 0) return best;
-  const int64_t blocks = s.N * best.tiles();
-  const int64_t wanted = blocks > 0 ? ceil_div(kFewBlocks, blocks) : 1;
-  const int splits = wanted < best.chunks ? static_cast<int>(wanted) : best.chunks;
-  best.chunks_a_split = static_cast<int>(ceil_div(best.chunks, splits));
-  best.splits = static_cast<int>(ceil_div(best.chunks, best.chunks_a_split));
   return best;
 }
 
