@@ -31,12 +31,12 @@ class Small(nn.Module):
         self.second = ek.nn.iRMB(8, 8, exp_ratio=2.0, dim_head=4, window_size=4, **switches)
         self.head = nn.Linear(8, 5)
         self.returns: Callable[[Tensor], object] = torch.clone
-        self.runs = 0
+        self.runs, self.scale = 0, 1.0
 
     def forward(self, x: Tensor) -> object:
         self.runs += 1
         y = self.second(self.first(x))
-        return self.returns(self.head(y.mean((2, 3))))
+        return self.returns(self.scale * self.head(y.mean((2, 3))))
 
 
 @pytest.fixture
@@ -165,6 +165,13 @@ def switch(model: nn.Module) -> None:
     model.second.window_size = 3
 
 
+def plain_tensor(model: nn.Module) -> None:
+    """An attribute that no state dict knows, of values that do not compare as a whole."""
+    model.scale = torch.ones(5)
+    assert_current(model, image())
+    model.scale = torch.full((5,), 2.0)
+
+
 def forward(model: nn.Module) -> None:
     model.head.forward = lambda y: y[:, :5] + 1
 
@@ -180,6 +187,7 @@ def accelerated_again(model: nn.Module) -> None:
 
 
 CHANGES = (new_memory, new_parameter, assigned, buffer, child, another_child, switch, forward)
+CHANGES += (plain_tensor,)
 
 
 @pytest.mark.parametrize("change", [*CHANGES, transposed, accelerated_again])
