@@ -227,7 +227,6 @@ class ExpandDepthwise {
           mean[lane] = mean[lane] + (x.x + (c + 1 < args_.C ? x.y : 0.0f));
         });
       });
-      join_lanes();
       sum_of_four(mean);
       for_lanes([&](int lane) {
         mean[lane] = mean[lane] / static_cast<float>(args_.C);
@@ -237,7 +236,6 @@ class ExpandDepthwise {
           if (c + 1 < args_.C) variance[lane] = fused(d.y, d.y, variance[lane]);
         });
       });
-      join_lanes();
       sum_of_four(variance);
       for_lanes([&](int lane) {
         const float scale = 1.0f / sqrtf(variance[lane] / static_cast<float>(args_.C) + args_.eps);
@@ -293,7 +291,6 @@ class ExpandDepthwise {
     const int tiles_m = (args_.plan.chunk + kTileM - 1) / kTileM;
     const int tiles = (pixels + kTileP - 1) / kTileP * tiles_m;
     for (int index = thread_ / kLanes; index < tiles; index += kExpandWarps) {
-      join_lanes();
       const int pixel = index / tiles_m * kTileP, m = index % tiles_m * kTileM;
       const T *const x = tile() + pixel * stride, *const w = weight() + m * stride;
       PerLane<Accumulator> sums[2][4];

@@ -64,24 +64,23 @@ class PerLane {
 #endif
 };
 
+#if defined(__CUDACC__)
+EMO_KERNEL int own_lane() { return static_cast<int>(threadIdx.x) % kLanes; }
+#endif
+
 // Calls body(lane): on the GPU for the lane that runs it, on the host for all, one after the other.
+// Lanes that have parted ways in it are together again behind it: warp-wide instructions want that.
 template <class Body>
 EMO_KERNEL void for_lanes(const Body& body) {
 #if defined(__CUDACC__)
-  body(static_cast<int>(threadIdx.x) % kLanes);
+  body(own_lane());
+  __syncwarp();
 #else
   for (int lane = 0; lane < kLanes; ++lane) {
     note_lane(lane);
     body(lane);
   }
   note_lane(0);
-#endif
-}
-
-// Waits for all lanes, which may have parted ways. Warp-wide calls want them together.
-EMO_KERNEL void join_lanes() {
-#if defined(__CUDACC__)
-  __syncwarp();
 #endif
 }
 
@@ -139,23 +138,22 @@ EMO_KERNEL int column_of(int lane, int i) { return lane % 4 * 2 + i % 2; }
 template <bool kTransposed, class RowAt, class WordsOf>
 EMO_KERNEL void load_matrices(const RowAt& row_at, const WordsOf& words_of) {
 #if defined(__CUDACC__)
-  for_lanes([&](int lane) {
-    const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row_at(lane)));
-    uint32_t words[4];
-    if constexpr (kTransposed) {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "r"(address)
-                   : "memory");
-    } else {
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "r"(address)
-                   : "memory");
-    }
+  const int lane = own_lane();
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row_at(lane)));
+  uint32_t words[4];
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  }
 #pragma unroll
-    for (int j = 0; j < 4; ++j) words_of(lane, j) = words[j];
-  });
+  for (int j = 0; j < 4; ++j) words_of(lane, j) = words[j];
 #else
   uint16_t rows[kLanes][8];
   for_lanes([&](int lane) {
