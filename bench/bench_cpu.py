@@ -6,6 +6,12 @@
     python bench/bench_cpu.py --everything --rows '*avx2'
     python bench/bench_cpu.py --warm                  # minutes of torch.compile, before the run
 
+How far two runs of the same code differ, on a machine that does nothing else:
+
+    python bench/bench_cpu.py --rows 'infer emo_?m fp32 b1 *' --json build/bench/first.json
+    python bench/bench_cpu.py --rows 'infer emo_?m fp32 b1 *' --json build/bench/second.json
+    python -m emo_kernels bench compare build/bench/first.json build/bench/second.json
+
 Engines take turns in one process, after each agreed with an fp64 oracle; medians, p10 and the
 interval of the ratio to the best peer; the limits of the machine measured around each row. Rows are
 saved as they come: a second run goes on with those that are missing or were measured at another
