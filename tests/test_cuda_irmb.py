@@ -221,6 +221,11 @@ def test_wrong_sizes_are_named_by_the_kernels() -> None:
             _C.cuda_irmb_shared_bytes(0, tuple(bad))
     with pytest.raises(ValueError, match="a skip needs maps of one size"):
         _C.cuda_irmb_shared_bytes(0, (*sizes[:7], 2, *sizes[8:12], 1, *sizes[13:]))
+    with pytest.raises(ValueError, match=r"irmb: a map must have fewer than 2\^30 pixels"):
+        _C.cuda_irmb_shared_bytes(0, (*sizes[:2], 2**15, 2**15, *sizes[4:]))
+    many = (2**32, *sizes[1:])
+    with pytest.raises(ValueError, match="too many images for one launch: .* split the batch"):
+        _C.cuda_irmb_scratch(0, (0, 0, 0, *[(0, 0)] * 13), many)
     with pytest.raises(ValueError, match="wrong number of sizes"):
         _C.cuda_irmb_shared_bytes(0, sizes[:-1])
 

@@ -6,6 +6,22 @@
 
 namespace emo_kernels::cuda {
 
+// Pixels of a map are counted in an int, blocks of a grid in 31 bits.
+inline void check_map_size(int64_t H, int64_t W) {
+  if (H * W >= int64_t{1} << 30) {
+    throw std::invalid_argument("irmb: a map must have fewer than 2^30 pixels, got " +
+                                std::to_string(H * W));
+  }
+}
+
+inline Grid block_grid(int64_t blocks) {
+  if (blocks >= int64_t{1} << 31) {
+    throw std::invalid_argument("irmb: too many images for one launch: " + std::to_string(blocks) +
+                                " blocks of threads, at most 2^31 - 1; split the batch");
+  }
+  return {blocks, kBlockThreads, 1, 1};
+}
+
 inline AttentionShape attention_shape(const AttentionCall& call) {
   for (const int64_t size : {call.C, call.H, call.W, call.head_dim}) {
     if (size < 1 || size >= int64_t{1} << 24) {
@@ -13,6 +29,7 @@ inline AttentionShape attention_shape(const AttentionCall& call) {
                                   std::to_string(size));
     }
   }
+  check_map_size(call.H, call.W);
   if (call.C % call.head_dim != 0) throw std::invalid_argument("irmb: heads must divide C");
   if (call.windows == Windows::kBoth) throw std::invalid_argument("irmb: one kind of windows");
   const auto side = [&](int64_t size) {
@@ -45,7 +62,7 @@ int64_t attention_in(const AttentionCall& call, Launcher& launcher) {
   args.weight = matrix_of<T>(call.qk_weight, int64_t{2} * s.C, s.C, 16);
   args.bias = call.qk_bias;
   args.scale = 1.0f / sqrtf(static_cast<float>(s.D));
-  const Grid grid{s.N * s.windows_h * s.windows_w * args.plan.shares, kBlockThreads, 1, 1};
+  const Grid grid = block_grid(s.N * s.windows_h * s.windows_w * args.plan.shares);
   launcher.template launch<Attention<T>>(
       args, grid, std::string("irmb_attention_kernel<") + kTypeName<T> + ">");
   return 0;

@@ -1,7 +1,7 @@
 // From a call of the whole block to the kernels that run it, as depthwise_dispatch.h.
 #pragma once
 
-#include "cuda/depthwise_dispatch.h"
+#include "cuda/irmb_attention_dispatch.h"
 #include "cuda/irmb_sum.h"
 
 namespace emo_kernels::cuda {
@@ -15,6 +15,7 @@ inline BlockShape block_shape(const IRMBCall& call) {
   s.N = g.N, s.C = g.C, s.H = g.H, s.W = g.W, s.HO = g.HO, s.WO = g.WO;
   s.M = static_cast<int>(call.M), s.O = static_cast<int>(call.O);
   s.K = g.K, s.S = g.S, s.P = g.P, s.D = g.D;
+  check_map_size(call.H, call.W);
   if (call.skip && (s.S != 1 || s.HO != s.H || s.WO != s.W)) {
     throw std::invalid_argument("irmb: a skip needs maps of one size, at stride 1");
   }
@@ -74,10 +75,10 @@ int64_t block_in(const IRMBCall& call, Launcher& launcher) {
       args.partials = static_cast<float*>(call.target.scratch);
       scratch = plan.splits * size * int64_t{sizeof(float)};
     }
-    const Grid grid{s.N * plan.tiles() * plan.splits, kBlockThreads, 1, 1};
+    const Grid grid = block_grid(s.N * plan.tiles() * plan.splits);
     launcher.template launch<Program>(args, grid, kernel_name<T>("irmb_kernel", s.K, s.S));
     if (plan.splits == 1) return;
-    const Grid sum{ceil_div(size, kBlockThreads), kBlockThreads, 1, 1};
+    const Grid sum = block_grid(ceil_div(size, kBlockThreads));
     launcher.template launch<BlockSum<T>>(SumOfBlock<T>{args}, sum,
                                           kernel_name<T>("irmb_sum_kernel", s.K, s.S));
   });

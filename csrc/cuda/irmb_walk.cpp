@@ -1,5 +1,4 @@
 // The whole-block kernels' walk on the host (walk.h), and the memory their launches need.
-#include "cuda/irmb_attention_dispatch.h"
 #include "cuda/irmb_dispatch.h"
 #include "cuda/walk.h"
 
