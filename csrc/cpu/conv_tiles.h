@@ -38,31 +38,60 @@ void finish(const T* sums, int64_t width, int64_t pixels, const ConvRow<T, S>& r
   }
 }
 
-// The same without an activation, and what is stored, less the pivot, summed up.
-template <class T, class S>
-void finish_and_sum(const T* sums, int64_t width, int64_t pixels, const ConvRow<T, S>& row,
-                    S* out) {
-  using V = Vec<T, kLanesOf<T>>;
-  for (int64_t c = 0; c < row.channels; c += kLanesOf<T>) {
-    const V scale = load<V>(row.scale + c), shift = load<V>(row.shift + c);
-    const V pivot = load<V>(row.pivot + c);
-    V sum{}, square{};
-    for (int64_t i = 0; i < pixels; ++i) {
-      const V v = fma(load<V>(sums + i * width + c), scale, shift);
-      store_as(out + i * row.stride + c, v, row.channels - c);
+// One vector of channels of a tile without an activation: written, and what is stored, less the
+// pivot, summed up. sums(i) are those of pixel i.
+template <int kRows, class T, class S, class F>
+EMO_INLINE void finish_and_sum(F sums, int64_t channel, int64_t pixels, const ConvRow<T, S>& row,
+                               S* out) {
+  using V = decltype(sums(Constant<0>{}));
+  const V scale = load<V>(row.scale + channel), shift = load<V>(row.shift + channel);
+  const V pivot = load<V>(row.pivot + channel);
+  V sum{}, square{};
+  unroll<kRows>(EMO_UNROLLED(i) {
+    if (i < pixels) {
+      const V v = fma(sums(i), scale, shift);
+      store_as(out + i * row.stride + channel, v, row.channels - channel);
       const V centred = as_stored<S>(v) - pivot;
       sum += centred;
       square = fma(centred, centred, square);
     }
-    Doubles<T>(sum).add_to(row.sums + c);
-    Doubles<T>(square).add_to(row.squares + c);
-  }
+  });
+  const auto add = [&](V v, double* totals) {
+    T lanes[kLanesOf<T>] = {};
+    store(lanes, v);
+    Doubles<T>(load<Vec<T, kLanesOf<T>>>(lanes)).add_to(totals + channel);
+  };
+  add(sum, row.sums);
+  add(square, row.squares);
 }
 
-template <class T, class S>
-void finish_tile(const T* sums, int64_t width, int64_t pixels, const ConvRow<T, S>& row, S* out) {
-  if (row.sums) return finish_and_sum(sums, width, pixels, row, out);
-  with_activation(row.act, [&](auto act) { finish<T, act.value>(sums, width, pixels, row, out); });
+// What becomes of a tile, its first `pixels`.
+template <class T, int kRows, class Shape, class S>
+EMO_INLINE void finish_tile(Accumulators<T, kRows, Shape>& acc, int64_t pixels,
+                            const ConvRow<T, S>& row, S* out) {
+  if (row.sums) {
+    unroll<Shape::kFull>(EMO_UNROLLED(j) {
+      finish_and_sum<kRows>([&](auto i) __attribute__((always_inline)) { return acc.full[i][j]; },
+                            j * Shape::kLanes, pixels, row, out);
+    });
+    if constexpr (Shape::kHalf) {
+      finish_and_sum<kRows>([&](auto i) __attribute__((always_inline)) { return acc.half[i]; },
+                            Shape::kFull * Shape::kLanes, pixels, row, out);
+    }
+  } else if (row.act == Activation::kNone) {
+    acc.each([&](auto& v, auto i, auto channel) __attribute__((always_inline)) {
+      using V = decltype(v + v);
+      if (i < pixels) {
+        const V scaled = fma(v, load<V>(row.scale + channel), load<V>(row.shift + channel));
+        store_as(out + i * row.stride + channel, scaled, row.channels - channel);
+      }
+    });
+  } else {
+    alignas(64) T sums[kRows * Shape::kWidth + kLanesOf<T>];
+    acc.save_sums(sums);
+    with_activation(row.act,
+                    [&](auto act) { finish<T, act.value>(sums, Shape::kWidth, pixels, row, out); });
+  }
 }
 
 // acc[i] += a[i * step] * b for every pixel i of the tile.
@@ -145,8 +174,6 @@ struct StemTaps {
 
 template <class T, class S, class Shape, class Taps, int kRows>
 EMO_INLINE void convolve_tile(const ConvRow<T, S>& row, int64_t x0) {
-  constexpr int kWidth = Shape::kWidth;
-  alignas(64) T sums[kRows * kWidth + kLanesOf<T>];
   Accumulators<T, kRows, Shape> acc;
   acc.clear();
   const S* const below = row.out + (row.columns + x0) * row.stride;
@@ -154,18 +181,7 @@ EMO_INLINE void convolve_tile(const ConvRow<T, S>& row, int64_t x0) {
   for (int64_t t = 0; t < row.taps; ++t) {
     Taps::template add<T, kRows, Shape>(acc, row.rows[t] + x0 * row.step, row.weights[t], row);
   }
-  S* const out = row.out + x0 * row.stride;
-  const int64_t pixels = min<int64_t>(kRows, row.columns - x0);
-  if (pixels == kRows && row.act == Activation::kNone && row.sums == nullptr) {
-    acc.each([&](auto& v, auto i, auto channel) __attribute__((always_inline)) {
-      using V = decltype(v + v);
-      const V scaled = fma(v, load<V>(row.scale + channel), load<V>(row.shift + channel));
-      store_as(out + i * row.stride + channel, scaled, row.channels - channel);
-    });
-    return;
-  }
-  acc.save_sums(sums);
-  finish_tile<T>(sums, kWidth, pixels, row, out);
+  finish_tile(acc, min<int64_t>(kRows, row.columns - x0), row, row.out + x0 * row.stride);
 }
 
 template <class T, class S, class Shape, class Taps>
