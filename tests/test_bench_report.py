@@ -124,3 +124,20 @@ def test_a_readme_that_was_typed_would_be_found(tmp_path: Path) -> None:
     assert readme.rewritten(text, ["other"]) != text
     with pytest.raises(SystemExit, match="marks"):
         readme.rewritten("no marks", sections)
+
+
+def test_growth_is_a_picture_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
+    path = tmp_path / "results" / "growth_here.json"
+    kept = results.Results(path)
+    for batch, ours in ((1, 1.0), (2, 2.0), (4, 6.0)):
+        kept.put(made_up(replace(TINY, batch=batch), ours=ours))
+    (found,) = readme.sections()
+    assert "from batch 2 to 4 the time for an image rises 1.50 times" in found
+    assert "![" not in found
+    report.write(path)
+    (found,) = readme.sections()
+    assert found.endswith("(results/growth_here_growth.svg)")
+    kept.put(made_up(replace(TINY, batch=4), ours=4.0))
+    assert "rises by no more than 1.25" in readme.sections()[0]
