@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +96,23 @@ def test_every_kind_of_part(tmp_path: Path, kind: str) -> None:
         assert data["failed"] == 0, [row for row in data["rows"] if not row["ok"]]
         assert all("cuda" in row["ms"] for row in data["timings"])
     assert kind in (tmp_path / "results.md").read_text()
+
+
+def test_what_the_sanitizer_says_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in that finds a race and nothing else."""
+    pytest.importorskip("triton")  # whose timer the part takes
+    campaign_cuda = importlib.import_module("campaign_cuda")
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\necho "$@"\ntest "$2" != racecheck || exit 7\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    data = campaign_cuda.sanitize(Place("cuda"), campaign_parts.ROOT, 60.0)
+    assert data["failed"] == 1 and data["tools"]["memcheck"]["ok"]
+    assert "tests/test_cuda_expand_depthwise.py" in data["tools"]["racecheck"]["says"]
+    lines = campaign_report._part(data)
+    assert lines[0] == "- memcheck: right" and lines[1].startswith("- racecheck: --tool racecheck")
 
 
 # ----------------------------------------------------------------------------------- the stand-ins
