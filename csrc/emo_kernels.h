@@ -192,7 +192,7 @@ struct ExpandCall {
   DType dtype = DType::kFloat32;
   const void *x = nullptr, *weight = nullptr, *bias = nullptr;  // (N pixels, C), (M, C), (M,)
   const void *norm_weight = nullptr, *norm_bias = nullptr;      // (C,)
-  void* out = nullptr;                                          // (N pixels, M)
+  void *out = nullptr, *slope = nullptr;                        // (N pixels, M)
   int64_t N = 0, pixels = 0, C = 0, M = 0;
   Norm norm = Norm::kNone;
   Activation act = Activation::kNone;
@@ -200,7 +200,8 @@ struct ExpandCall {
   int threads = 1;
 };
 
-// The gradient at out is grad + drop_scale[n] out_weight^T out_grad. sums = sum dn, sum dn h with
+// The gradient at out is grad + drop_scale[n] out_weight^T out_grad; slope is the forward's, or
+// null: recomputed. sums = sum dn, sum dn h with
 // h = (x - mean) invstd where mean is given, else x (affine) or xhat (layer). dx is the gradient
 // behind the norm's own (`behind_norm`: at norm(x)) plus residual; norm_grad is added to dn.
 struct ExpandBackwardCall {
@@ -209,6 +210,7 @@ struct ExpandBackwardCall {
   const void *norm_weight = nullptr, *norm_bias = nullptr, *mean = nullptr, *invstd = nullptr;
   const void *out_grad = nullptr, *out_weight = nullptr, *drop_scale = nullptr;
   const void *residual = nullptr, *norm_grad = nullptr;  // (N pixels, C)
+  const void* slope = nullptr;                           // (N pixels, M)
   void *dx = nullptr, *dweight = nullptr;
   double *dbias = nullptr, *sums = nullptr;  // (M,), (2, C)
   int64_t N = 0, pixels = 0, C = 0, M = 0, O = 0;

@@ -248,7 +248,7 @@ void depthwise_conv2d_backward(int dtype, const py::tuple& pointers, const py::t
 void expand(int dtype, const py::tuple& pointers, const py::tuple& sizes, double eps, int threads) {
   cpu::ExpandCall c;
   c.dtype = static_cast<emo_kernels::DType>(dtype);
-  point_all(pointers, c.x, c.weight, c.bias, c.norm_weight, c.norm_bias, c.out);
+  point_all(pointers, c.x, c.weight, c.bias, c.norm_weight, c.norm_bias, c.out, c.slope);
   size_all(sizes, c.N, c.pixels, c.C, c.M, c.norm, c.act);
   c.eps = eps;
   c.threads = threads;
@@ -261,8 +261,8 @@ void expand_backward(int dtype, const py::tuple& pointers, const py::tuple& size
   cpu::ExpandBackwardCall c;
   c.dtype = static_cast<emo_kernels::DType>(dtype);
   point_all(pointers, c.grad, c.x, c.weight, c.bias, c.norm_weight, c.norm_bias, c.mean, c.invstd,
-            c.out_grad, c.out_weight, c.drop_scale, c.residual, c.norm_grad, c.dx, c.dweight,
-            c.dbias, c.sums);
+            c.out_grad, c.out_weight, c.drop_scale, c.residual, c.norm_grad, c.slope, c.dx,
+            c.dweight, c.dbias, c.sums);
   size_all(sizes, c.N, c.pixels, c.C, c.M, c.O, c.norm, c.act, c.behind_norm);
   c.eps = eps;
   c.threads = threads;

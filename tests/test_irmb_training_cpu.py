@@ -22,6 +22,7 @@ from training_step import (  # noqa: F401  (the fixtures)
 import emo_kernels as ek
 from emo_kernels import _C, backends, reference
 from emo_kernels.nn import iRMB
+from emo_kernels.ops.irmb_step import Step
 from emo_kernels.spec import IRMBWeights
 
 ROWS = shapes.rows("both_windows", "attention_and_excite", "dilated", "ragged_c21", "batch_5")
@@ -87,6 +88,32 @@ def test_the_local_gradient_may_be_kept_or_recomputed(
     batch = statistics_of(row, "batch")
     for name, dtype in (("cpu", FP32), ("cpu", torch.float64), ("reference", torch.float64)):
         check_operator(kernels(name, batch), plain(batch), training_case(row), dtype, name=name)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("row", shapes.rows("ragged_c21", "one_to_three", "no_bias"), ids=str)
+def test_the_slope_may_be_kept_or_recomputed(
+    row: Row, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Step, "_keeps_slope", lambda step, _: kept and not step.recomputes_local)
+    batch = statistics_of(row, "batch")
+    for name, dtype in (("cpu", FP32), ("cpu", torch.float64), ("reference", torch.float64)):
+        check_operator(kernels(name, batch), plain(batch), training_case(row), dtype, name=name)
+
+
+@pytest.mark.parametrize(
+    "channels, dtype, maps", [(72, FP32, 5), (48, FP32, 4), (72, torch.bfloat16, 4)]
+)
+def test_the_slope_is_kept_where_a_wide_product_makes_it(
+    channels: int, dtype: torch.dtype, maps: int
+) -> None:
+    """Maps that autograd's graph holds: x, the attention's result, e, perhaps its slope, and y."""
+    block = ek.accelerate(iRMB(channels, channels, dim_head=24).to(dtype), backend="cpu")
+    x = torch.randn(2, channels, 7, 7, dtype=dtype)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        block(x)
+    assert sum(t.dim() == 4 and t.shape[-1] == 7 for t in saved) == maps
 
 
 @pytest.mark.parametrize("isa", _C.available_isas())

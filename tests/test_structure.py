@@ -142,7 +142,9 @@ def test_one_stem_names_every_file_of_an_operator(operator: str) -> None:
 
 # What a training step of the whole block needs beside the operators.
 PIECES = {"batch_norm", "expand_depthwise", "squeeze"}
-_ROLES = "(_unsupported|_backward|_bind|_statistics|_training|_sums|_finalize|_activate)+$"
+_ROLES = (
+    "(_unsupported|_backward|_bind|_statistics|_with_slope|_training|_sums|_finalize|_activate)+$"
+)
 
 
 def test_every_stem_of_a_backend_is_an_operator() -> None:

@@ -265,6 +265,17 @@ EMO_INLINE V activate_slope(V x) {
   }
 }
 
+// The activation and its derivative.
+template <class T, Activation kAct, class V>
+EMO_INLINE void activate_and_slope(V x, V& value, V& slope) {
+  if constexpr (kAct == Activation::kSilu) {
+    silu_and_slope<T>(x, value, slope);
+  } else {
+    value = activate<T, kAct>(x);
+    slope = activate_slope<T, kAct>(x);
+  }
+}
+
 template <Activation kAct>
 struct ActivationIs {
   static constexpr Activation value = kAct;

@@ -14,6 +14,8 @@ namespace emo_kernels::cpu {
 namespace {
 
 constexpr int64_t kSumRows = 32;  // pixels whose channels are summed vector by vector
+constexpr int64_t kSumTerms = 8;  // of them in the type of the terms, before those sums are widened
+enum class Sums { kGradients, kMoments };  // moments: around a pivot that may be far off
 
 // Pixels whose products are added in one go: fewer of a narrow map, where the time is elsewhere.
 template <class Shape>
@@ -116,20 +118,33 @@ struct Doubles {
 };
 
 // first[lane] += sum over rows of value, second[lane] += sum over rows of value * factor, in
-// double: f(row, lane, count, value, factor) gives one vector of each. Null: not wanted.
-template <class T, class F>
+// double; of gradients, sums of kSumTerms of them. f(row, lane, count, value, factor) gives one
+// vector of each. Null: not wanted.
+template <class T, Sums kSums = Sums::kGradients, class F>
 EMO_INLINE void sum_rows(int64_t rows, int64_t channels, double* first, double* second, F f) {
   using V = Vec<T, kLanesOf<T>>;
   for (int64_t begin = 0; begin < rows; begin += kSumRows) {
     const int64_t end = min(rows, begin + kSumRows);
     each_lane_of<T>(channels, [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
       Doubles<T> sum(V{}), products(V{});
-      for (int64_t i = begin; i < end; ++i) {
-        V value{}, factor{};
-        f(i, lane, count, value, factor);
-        const Doubles<T> wide(value);
-        if (first) sum.add(wide);
-        if (second) products.add_product(wide, Doubles<T>(factor));
+      for (int64_t i = begin; i < end;) {
+        V some{}, some_products{};
+        for (const int64_t stop = min(end, i + kSumTerms); i < stop; ++i) {
+          V value{}, factor{};
+          f(i, lane, count, value, factor);
+          if constexpr (kSums == Sums::kGradients) {
+            some += value;
+            some_products = fma(value, factor, some_products);
+          } else {
+            const Doubles<T> wide(value);
+            sum.add(wide);
+            products.add_product(wide, Doubles<T>(factor));
+          }
+        }
+        if constexpr (kSums == Sums::kGradients) {
+          if (first) sum.add(Doubles<T>(some));
+          if (second) products.add(Doubles<T>(some_products));
+        }
       }
       if (first) sum.add_to(first + lane);
       if (second) products.add_to(second + lane);

@@ -4,7 +4,8 @@
 // Tiling    a thread takes a contiguous share of the pixels, 32 of them at a time, a vector of
 //           channels running down them.
 // Traffic   one read of each operand, one write of the result; bound by memory.
-// Numerics  the type it computes in; sums and the products in them in double, threads in order.
+// Numerics  the type it computes in; the batch norm's sums and the products in them in double, of
+//           the others sums of 8 pixels, threads in order.
 // Limits    none on sizes.
 #include "cpu/blocked.h"
 #include "cpu/launch.h"
@@ -69,13 +70,13 @@ void run_pixels(const PixelsCall& call, const Share& share) {
           const int64_t here = min(kSumRows, p + count - begin), at = begin * C;
           switch (call.op) {
             case PixelsOp::kSums:
-              sum_rows<T>(here, C, first, second,
-                          [&](int64_t i, int64_t lane, int64_t left, V& a, V& b)
-                              __attribute__((always_inline)) {
-                                V v = load_as<V>(x + at + i * C + lane, left);
-                                if (pivot) v -= load_as<V>(pivot + lane, left);
-                                a = b = v;
-                              });
+              sum_rows<T, Sums::kMoments>(here, C, first, second,
+                                          [&](int64_t i, int64_t lane, int64_t left, V& a, V& b)
+                                              __attribute__((always_inline)) {
+                                                V v = load_as<V>(x + at + i * C + lane, left);
+                                                if (pivot) v -= load_as<V>(pivot + lane, left);
+                                                a = b = v;
+                                              });
               break;
             case PixelsOp::kBatchNormBackward:
               for (int64_t i = 0; i < here; ++i) {

@@ -94,13 +94,13 @@ void add_sums(const ShrinkCall& c, const Layout<E>& l, int64_t first, int64_t ro
   const S* const out = static_cast<const S*>(c.out) + first * c.O;
   for (int64_t p = 0; p < l.weight.panels(); ++p) {
     double* const sums = l.sums + p * P;
-    sum_rows<T>(rows, l.weight.channels(p), sums, sums + l.weight.panels() * P,
-                [&](int64_t i, int64_t lane, int64_t count, V& a, V& b)
-                    __attribute__((always_inline)) {
-                      const V v = load_as<V>(out + i * c.O + p * P + lane, count) -
-                                  load<V>(l.pivot + p * P + lane);
-                      a = b = v;
-                    });
+    sum_rows<T, Sums::kMoments>(rows, l.weight.channels(p), sums, sums + l.weight.panels() * P,
+                                [&](int64_t i, int64_t lane, int64_t count, V& a, V& b)
+                                    __attribute__((always_inline)) {
+                                      const V v = load_as<V>(out + i * c.O + p * P + lane, count) -
+                                                  load<V>(l.pivot + p * P + lane);
+                                      a = b = v;
+                                    });
   }
 }
 

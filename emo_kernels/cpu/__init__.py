@@ -22,10 +22,17 @@ from emo_kernels.cpu.depthwise_conv2d import (
     depthwise_conv2d_statistics,
     depthwise_conv2d_unsupported,
 )
-from emo_kernels.cpu.expand import expand, expand_backward, expand_unsupported
+from emo_kernels.cpu.expand import (
+    expand,
+    expand_backward,
+    expand_backward_with_slope,
+    expand_unsupported,
+    expand_with_slope,
+)
 from emo_kernels.cpu.irmb import irmb, irmb_bind, irmb_unsupported
 from emo_kernels.cpu.irmb_training import irmb_training_unsupported
 from emo_kernels.cpu.irmb_training import keeps_local_gradient as keeps_local_gradient
+from emo_kernels.cpu.irmb_training import keeps_slope as keeps_slope
 from emo_kernels.cpu.norm_pool_linear import (
     norm_pool_linear,
     norm_pool_linear_bind,
@@ -63,7 +70,9 @@ __all__ = [
     "depthwise_conv2d_unsupported",
     "expand",
     "expand_backward",
+    "expand_backward_with_slope",
     "expand_unsupported",
+    "expand_with_slope",
     "irmb",
     "irmb_bind",
     "irmb_training_unsupported",

@@ -21,9 +21,23 @@ def expand_unsupported(
     return layout.wrong_dtype(x)
 
 
-def expand(
+def expand(x: Tensor, weight: Tensor, *vectors: Tensor | None, **options: Any) -> Tensor:
+    """act(W norm(x) + b), as ``emo_kernels.ops.expand`` defines it: (N, M, H, W)."""
+    return _expand(x, weight, None, *vectors, **options)
+
+
+def expand_with_slope(
+    x: Tensor, weight: Tensor, *vectors: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """:func:`expand` and, from the same pass, act'(W norm(x) + b)."""
+    slope = layout.new_map(x, x.shape[0], weight.shape[0], *x.shape[2:])
+    return _expand(x, weight, slope, *vectors, **options), slope
+
+
+def _expand(
     x: Tensor,
     weight: Tensor,
+    slope: Tensor | None,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -33,7 +47,6 @@ def expand(
     act: str = "none",
     groups: int = 1,
 ) -> Tensor:
-    """act(W norm(x) + b), as ``emo_kernels.ops.expand`` defines it: (N, M, H, W)."""
     n, c, h, w = x.shape
     m, dtype = weight.shape[0], x.dtype
     out = layout.new_map(x, n, m, h, w)
@@ -42,7 +55,7 @@ def expand(
     parameters = [layout.dense(t, dtype) for t in (weight, bias, norm_weight, norm_bias)]
     x = layout.pixels(x)
     sizes = (n, h * w, c, m, layout.NORMS[norm], layout.ACTIVATIONS[act])
-    pointers = layout.addresses(x, *parameters, out)
+    pointers = layout.addresses(x, *parameters, out, slope)
     _C.expand(layout.DTYPES[dtype], pointers, sizes, eps, torch.get_num_threads())
     return out
 
@@ -66,6 +79,7 @@ def expand_backward(
     act: str = "none",
     groups: int = 1,
     norm_grad: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of (x, weight, bias, norm_weight, norm_bias), those that are needed.
 
@@ -73,6 +87,7 @@ def expand_backward(
 
     Args:
         norm_grad: (N, C, H, W), added to the gradient at norm(x).
+        slope: (N, M, H, W), act'(W norm(x) + b); else it is recomputed.
     """
     n, c, h, w = x.shape
     m, dtype = weight.shape[0], x.dtype
@@ -98,6 +113,7 @@ def expand_backward(
         tensors += [layout.dense_map(out_grad), layout.dense(out_weight, dtype)]
         tensors += [layout.dense(drop_scale, dtype)]
         tensors += [layout.dense_map(residual), layout.dense_map(norm_grad)]
+        tensors += [layout.dense_map(slope)]
         tensors += [dx, dweight, dbias, sums]
         sizes = (n, h * w, c, m, o, layout.NORMS[norm], layout.ACTIVATIONS[act], trains_norm)
         pointers = layout.addresses(*tensors)
@@ -107,3 +123,20 @@ def expand_backward(
         return layout.chosen([*grads, sums, None], needed)
     rows = (None, None) if sums is None else (sums[1], sums[0])
     return layout.chosen([*grads, *map(layout.like, rows, (norm_weight, norm_bias))], needed)
+
+
+def expand_backward_with_slope(
+    grad: Tensor,
+    slope: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    affine: Tensor | None = None,
+    residual: Tensor | None = None,
+    **options: Any,
+) -> list[Tensor]:
+    """:func:`expand_backward` of the whole gradient, with what :func:`expand_with_slope` kept."""
+    tensors = (x, weight, bias, norm_weight, norm_bias, affine)
+    return expand_backward(grad, *tensors, residual=residual, slope=slope, **options)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from emo_kernels.cpu import layout
 from emo_kernels.cpu.depthwise_conv2d import depthwise_conv2d_unsupported
 from emo_kernels.spec import IRMBSpec, IRMBWeights, composition_limits
+
+_CHANNELS_OF_A_KEPT_SLOPE = 72
 
 
 def irmb_training_unsupported(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> str | None:
@@ -26,3 +29,15 @@ def keeps_local_gradient() -> bool:
     A namespace without this function has it recomputed by the expansion's gradient.
     """
     return True
+
+
+def keeps_slope(x: Tensor) -> bool:
+    """Whether the slope of the expansion's activation is kept, a map of the expanded width.
+
+    A product of as many terms as x has channels is saved for it. Written and read, the map costs
+    as much time as a product of some 40 terms; memory sets the bound. In bfloat16 products cost
+    less, and the slope would be rounded.
+
+    A namespace without this function has it recomputed.
+    """
+    return x.dtype is not torch.bfloat16 and x.shape[1] >= _CHANNELS_OF_A_KEPT_SLOPE

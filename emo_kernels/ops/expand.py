@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from emo_kernels.ops import checks
-from emo_kernels.ops.registration import Operator
+from emo_kernels.ops.registration import Operator, define_kernel, empty_gradients, empty_map
 from emo_kernels.spec import ACTIVATIONS
 
 
@@ -14,16 +17,43 @@ def _output_shape(x: Tensor, weight: Tensor, *_: Tensor | None, **__: object) ->
     return (n, weight.shape[0], h, w)
 
 
+_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"
+_NORM_AT = 3
+_OPTIONS = "str norm, float eps, str act, int groups"
+
 _operator = Operator(
     "expand",
-    tensors="Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias",
-    options="str norm, float eps, str act, int groups",
+    tensors=_TENSORS,
+    options=_OPTIONS,
     shape=_output_shape,
     extras="Tensor? affine, Tensor? out_grad, Tensor? out_weight, Tensor? drop_scale, "
     "Tensor? residual",
-    norm_at=3,
+    norm_at=_NORM_AT,
 )
 forward, backward = _operator.op, _operator.backward_op
+
+
+def _maps(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    x, shape = args[0], _output_shape(*args, **options)
+    return empty_map(x, shape), empty_map(x, shape)
+
+
+def _gradients(
+    grad: Tensor, slope: Tensor, *tensors: Tensor | None, needed: Sequence[bool], **_: Any
+) -> list[Tensor]:
+    *inputs, affine, _residual = tensors
+    return empty_gradients(inputs, needed, affine, _NORM_AT)
+
+
+with_slope = define_kernel("expand_with_slope", _TENSORS, _OPTIONS, "(Tensor, Tensor)", _maps)
+
+backward_with_slope = define_kernel(
+    "expand_backward_with_slope",
+    f"Tensor grad, Tensor slope, {_TENSORS}, Tensor? affine, Tensor? residual",
+    f"bool[] needed, {_OPTIONS}",
+    "Tensor[]",
+    _gradients,
+)
 
 
 def expand(

@@ -18,9 +18,11 @@ from emo_kernels.ops.depthwise_conv2d import backward as depthwise_conv2d_backwa
 from emo_kernels.ops.depthwise_conv2d import forward as depthwise_conv2d_forward
 from emo_kernels.ops.depthwise_conv2d import statistics as depthwise_conv2d_statistics
 from emo_kernels.ops.expand import backward as expand_backward
+from emo_kernels.ops.expand import backward_with_slope as expand_backward_with_slope
 from emo_kernels.ops.expand import forward as expand_forward
 from emo_kernels.ops.expand_depthwise import forward as expand_depthwise_forward
 from emo_kernels.ops.expand_depthwise import statistics as expand_depthwise_statistics
+from emo_kernels.ops.expand import with_slope as expand_with_slope
 from emo_kernels.ops.shrink import backward as shrink_backward
 from emo_kernels.ops.shrink import forward as shrink_forward
 from emo_kernels.ops.shrink import statistics as shrink_statistics
@@ -73,6 +75,7 @@ class Maps(NamedTuple):
 
     s: Tensor  # (N, C, H, W) behind the attention; x without
     e: Tensor | None  # (N, M, H, W) expanded; None: s without expansion, else to be computed again
+    slope: Tensor | None  # (N, M, H, W) of the expansion's activation, where it is kept
     y: Tensor  # (N, M, H', W') behind the convolution
     norm: Statistics | None
     bn: Statistics
@@ -94,6 +97,7 @@ class Step:
         # What the local skip sends back is a map, or recomputed by the expansion's gradient.
         keeps = not self.expands or backends.provides(plan.backend, "keeps_local_gradient")
         self.writes_local = spec.skip and keeps
+        self.recomputes_local = spec.skip and not keeps
         assert weights.proj_weight is not None
         self.proj = weights.proj_weight
         if weights.gamma is not None:
@@ -109,7 +113,7 @@ class Step:
         if spec.norm == "batch":
             norm = self._normalize_input(x, known.sums)
         s = self._attend(x, norm)
-        e, y, sums = self._convolve(s, norm)
+        e, slope, y, sums = self._convolve(s, norm)
         parameters = (w.bn_weight, w.bn_bias, w.bn_mean, w.bn_var)
         if sums is not None:
             bn = batch_norm.measured(sums, y, parameters, spec.bn_eps, plan.bn, self.backend)
@@ -123,7 +127,7 @@ class Step:
         local = e if spec.skip else None
         residual = x if spec.skip and plan.adds_residual else None
         tensors = (y, self.proj, scale, shift, local, residual, gate, self.drop_scale)
-        maps = Maps(s, None if e is s else e, y, norm, bn, means)
+        maps = Maps(s, None if e is s else e, slope, y, norm, bn, means)
         if known.next_sums:
             return *shrink_statistics(*tensors, known.next_pivot, self.backend), maps
         return shrink_forward(*tensors, self.backend), None, maps
@@ -169,28 +173,44 @@ class Step:
         options = (kind, eps, spec.act, spec.v_groups, self.backend)
         return (w.v_weight, w.v_bias, norm_weight, norm_bias), options
 
-    def _expand(self, s: Tensor, norm: Statistics | None) -> Tensor:
+    def _expand(self, s: Tensor, norm: Statistics | None) -> tuple[Tensor, Tensor | None]:
         if not self.expands:
-            return s
+            return s, None
         tensors, options = self._expand_arguments(norm)
-        return expand_forward(s, *tensors, *options)
+        if self._keeps_slope(s):
+            return expand_with_slope(s, *tensors, *options)
+        return expand_forward(s, *tensors, *options), None
+
+    def _keeps_slope(self, s: Tensor) -> bool:
+        # The gradient that it is for must be there as one map.
+        if self.recomputes_local or not backends.has(self.backend, "keeps_slope"):
+            return False
+        return backends.function(self.backend, "keeps_slope")(s)
 
     def _convolve(
         self, s: Tensor, norm: Statistics | None
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """(e, y, sums of y where a batch norm wants them); e is None where one kernel skips it."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """(e, slope, y, sums of y where a batch norm wants them).
+
+        e is None where one kernel skips it; the slope where it is not kept.
+        """
         dw_weight, pivot = self.weights.dw_weight, self.weights.bn_mean
         counts = self.plan.bn.batch_statistics
         if self._skips_e(s, norm):
             tensors, options = self._expand_arguments(norm)
             both = (*options[:-1], *self.conv)
             if counts:
-                return None, *expand_depthwise_statistics(s, *tensors, dw_weight, pivot, *both)
-            return None, expand_depthwise_forward(s, *tensors, dw_weight, *both), None
-        e = self._expand(s, norm)
+                return (
+                    None,
+                    None,
+                    *expand_depthwise_statistics(s, *tensors, dw_weight, pivot, *both),
+                )
+            y = expand_depthwise_forward(s, *tensors, dw_weight, *both)
+            return None, None, y, None
+        e, slope = self._expand(s, norm)
         if counts:
-            return e, *depthwise_conv2d_statistics(e, dw_weight, pivot, *self.conv)
-        return e, depthwise_conv2d_forward(e, dw_weight, *self.conv), None
+            return e, slope, *depthwise_conv2d_statistics(e, dw_weight, pivot, *self.conv)
+        return e, slope, depthwise_conv2d_forward(e, dw_weight, *self.conv), None
 
     def _skips_e(self, s: Tensor, norm: Statistics | None) -> bool:
         """Whether one kernel expands and convolves, and nothing else wants e in this pass."""
@@ -225,7 +245,8 @@ class Step:
         """Gradients by name: ``x``, ``drop_scale`` and the weights'; those that ``wants`` names."""
         spec, norm = self.spec, maps.norm
         if maps.e is None:
-            maps = maps._replace(e=self._expand(maps.s, norm))
+            e, slope = self._expand(maps.s, norm)
+            maps = maps._replace(e=e, slope=slope)
         grads: dict[str, Any] = {}
         dz, local_grad = self._shrink_backward(grad, maps, wants, grads)
         residual = grad if spec.skip and self.plan.adds_residual else None
@@ -235,8 +256,7 @@ class Step:
         first: tuple[Any, ...] = (None, residual) if norm is None else (norm.affine, None)
         if below and self.expands:
             at_x = (None, None) if self.attends else first
-            recomputes = spec.skip and not self.writes_local
-            skip = (grad, self.proj, self.drop_scale) if recomputes else (None, None, None)
+            skip = (grad, self.proj, self.drop_scale) if self.recomputes_local else 3 * (None,)
             dx = self._expand_backward(dx, maps, at_x, skip, wants, grads)
         if below and self.attends:
             dx = self._attend_backward(dx, x, norm, first, wants, grads)
@@ -327,7 +347,12 @@ class Step:
         tensors, options = self._expand_arguments(norm)
         asked = [True, *self._asked(("v_weight", "v_bias"), wants)]
         asked += self._asked_of_norm(affine, wants) if not self.attends else [False, False]
-        found = expand_backward(grad, maps.s, *tensors, affine, *skip, residual, asked, *options)
+        if maps.slope is not None:
+            arguments = (maps.s, *tensors, affine, residual)
+            found = expand_backward_with_slope(grad, maps.slope, *arguments, asked, *options)
+        else:
+            arguments = (maps.s, *tensors, affine, *skip, residual)
+            found = expand_backward(grad, *arguments, asked, *options)
         dx, grads["v_weight"], grads["v_bias"], *of_norm = spread(found, asked)
         if not self.attends:
             self._keep_norm(affine, of_norm, grads)

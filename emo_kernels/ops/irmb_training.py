@@ -1,9 +1,10 @@
 """A training step through the whole block: the kernels of one backend, forward and backward.
 
-Saved between the two: the input x, the attention's result s, the expanded map e, the convolution's
-result y and four numbers a channel for each batch norm. Recomputed: norms, q, k, the softmax, the
-pre-activations, the activations behind the convolution, and every derivative. Of the expanded
-width the backward pass writes two maps, dz and the gradient at e.
+Saved between the two: the input x, the attention's result s, the expanded map e (and the slope of
+its activation where the backend wants that), the convolution's result y and four numbers a channel
+for each batch norm. Recomputed: norms, q, k, the softmax, the other pre-activations, the
+activations behind the convolution, and every other derivative. Of the expanded width the backward
+pass writes two maps, dz and the gradient at e.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ class _Block(torch.autograd.Function):
         ctx.pixels = [s and s.pixels for s in (maps.norm, maps.bn)]
         statistics = [(None, None) if s is None else s[::2] for s in (maps.norm, maps.bn)]
         s = None if maps.s is x else maps.s
-        kept = (x, s, maps.e, maps.y, maps.means, *statistics[0], *statistics[1], drop_scale)
+        kept = (x, s, maps.e, maps.slope, maps.y, maps.means)
+        kept += (*statistics[0], *statistics[1], drop_scale)
         ctx.save_for_backward(*kept, *_unmoved(plan, step.weights))
         return out, sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
-        x, s, e, y, means, *saved = ctx.saved_tensors
+        x, s, e, slope, y, means, *saved = ctx.saved_tensors
         norm_affine, norm_total, affine, total, drop_scale, *tensors = saved
         weights = IRMBWeights._make(tensors)
         if torch.is_grad_enabled():
@@ -55,7 +57,7 @@ class _Block(torch.autograd.Function):
         s = x if s is None else s
         norm = None if norm_affine is None else Statistics(norm_affine, ctx.pixels[0], norm_total)
         bn = Statistics(affine, ctx.pixels[1], total)
-        maps = Maps(s, e, y, norm, bn, means)
+        maps = Maps(s, e, slope, y, norm, bn, means)
         names = ("x", "drop_scale", *IRMBWeights._fields)
         inputs = (x, drop_scale, *weights)
         needed = ctx.needs_input_grad[2:]

@@ -24,7 +24,12 @@ from emo_kernels.reference.depthwise_conv2d import (
     depthwise_conv2d_backward,
     depthwise_conv2d_statistics,
 )
-from emo_kernels.reference.expand import expand, expand_backward
+from emo_kernels.reference.expand import (
+    expand,
+    expand_backward,
+    expand_backward_with_slope,
+    expand_with_slope,
+)
 from emo_kernels.reference.expand_depthwise import expand_depthwise, expand_depthwise_statistics
 from emo_kernels.reference.irmb import irmb
 from emo_kernels.reference.norm_pool_linear import norm_pool_linear
@@ -47,8 +52,10 @@ __all__ = [
     "depthwise_conv2d_statistics",
     "expand",
     "expand_backward",
+    "expand_backward_with_slope",
     "expand_depthwise",
     "expand_depthwise_statistics",
+    "expand_with_slope",
     "irmb",
     "norm_pool_linear",
     "shrink",
