@@ -49,7 +49,9 @@ def new_map(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
 
 def dense(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A vector or matrix without gaps, in what maps of ``dtype`` are computed in."""
-    return None if value is None else value.to(computed_in(dtype)).contiguous()
+    if value is None or (value.dtype is computed_in(dtype) and value.is_contiguous()):
+        return value
+    return value.to(computed_in(dtype)).contiguous()
 
 
 def dense_map(value: Tensor | None) -> Tensor | None:
@@ -71,12 +73,9 @@ def like(values: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     """A gradient in the dtype, shape and strides of its parameter, if there are both."""
     if values is None or parameter is None:
         return None
-    values = values.reshape(parameter.shape)
-    steps = zip(values.shape, values.stride(), parameter.stride(), strict=True)
-    same_places = all(size == 1 or ours == theirs for size, ours, theirs in steps)
-    if values.dtype == parameter.dtype and same_places:
+    if values.dtype is parameter.dtype and parameter.is_contiguous() and values.is_contiguous():
         return values.as_strided(parameter.shape, parameter.stride())
-    return torch.empty_like(parameter).copy_(values)
+    return torch.empty_like(parameter).copy_(values.reshape(parameter.shape))
 
 
 def chosen(grads: list[Tensor | None], needed: Any) -> list[Tensor]:

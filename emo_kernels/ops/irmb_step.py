@@ -20,9 +20,9 @@ from emo_kernels.ops.depthwise_conv2d import statistics as depthwise_conv2d_stat
 from emo_kernels.ops.expand import backward as expand_backward
 from emo_kernels.ops.expand import backward_with_slope as expand_backward_with_slope
 from emo_kernels.ops.expand import forward as expand_forward
+from emo_kernels.ops.expand import with_slope as expand_with_slope
 from emo_kernels.ops.expand_depthwise import forward as expand_depthwise_forward
 from emo_kernels.ops.expand_depthwise import statistics as expand_depthwise_statistics
-from emo_kernels.ops.expand import with_slope as expand_with_slope
 from emo_kernels.ops.shrink import backward as shrink_backward
 from emo_kernels.ops.shrink import forward as shrink_forward
 from emo_kernels.ops.shrink import statistics as shrink_statistics

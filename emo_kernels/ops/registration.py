@@ -285,6 +285,8 @@ def match(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
     """The gradient in the dtype, shape and strides of what it belongs to."""
     if grad is None or like is None:
         return grad
+    if grad.dtype is like.dtype and grad.shape == like.shape and grad.stride() == like.stride():
+        return grad
     grad = grad.to(like.dtype).reshape(like.shape)
     strides = zip(grad.shape, grad.stride(), like.stride(), strict=True)
     if all(size == 1 or ours == theirs for size, ours, theirs in strides):
