@@ -106,7 +106,7 @@ def _added_resident(call: Callable[[], object], module: nn.Module) -> float | No
         return None
     before, _ = _resident()
     call()
-    return _resident()[1] - before
+    return max(_resident()[1] - before, 0.0)  # the system's counters lag some pages behind
 
 
 @contextlib.contextmanager
