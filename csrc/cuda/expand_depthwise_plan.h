@@ -156,8 +156,7 @@ EMO_KERNEL Piece piece_of(const ExpandPlan& plan, const Geometry& g, int64_t uni
   return piece;
 }
 
-// Rows of e, counted from the unit's first, that lie in the map and that step t is the first to
-// need.
+// Rows of e, counted from the unit's first, that lie in the map and that step t needs first.
 struct NewRows {
   int first, count;
 };

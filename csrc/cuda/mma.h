@@ -12,9 +12,9 @@
 //     in no bank. 4096 operations for 768 bytes, so share a fragment between several products.
 // Numerics: products of 16-bit elements are exact. The host adds them one by one to C by ascending
 //     k, each sum rounded to nearest. A tensor core adds several products and C at once, aligned to
-//     the largest and truncated, in an order that NVIDIA does not state: the two agree to a few
-//     2^-23 of sum |a b| + |c|, not to the bit. On one GPU the same calls give the same bits. In
-//     fp32: fused products by ascending k, the same bits everywhere.
+//     the largest and truncated, in an order that NVIDIA does not state: the two should agree to a
+//     few 2^-23 of sum |a b| + |c| (after published measurements; not yet seen on a GPU here), not
+//     to the bit. In fp32: fused products by ascending k, the same bits everywhere.
 // Limits: a block of one dimension, whole warps, all lanes at the call; in 16 bits every row of a
 //     tile at a multiple of 16 bytes.
 //
