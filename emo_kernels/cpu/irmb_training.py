@@ -9,7 +9,7 @@ from emo_kernels.cpu import layout
 from emo_kernels.cpu.depthwise_conv2d import depthwise_conv2d_unsupported
 from emo_kernels.spec import IRMBSpec, IRMBWeights, composition_limits
 
-_CHANNELS_OF_A_KEPT_SLOPE = 72
+_CHANNELS_OF_A_KEPT_SLOPE = 80
 
 
 def irmb_training_unsupported(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> str | None:
