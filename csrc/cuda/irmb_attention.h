@@ -38,9 +38,8 @@ inline AttentionPlan make_attention_plan(const AttentionShape& s, int bytes, int
   AttentionPlan plan;
   const int64_t tokens = int64_t{s.window_h} * s.window_w;
   if (tokens > kMostTokens) return plan;
-  const auto round16 = [](int value) { return (value + 15) / 16 * 16; };
-  plan.tokens = static_cast<int>(tokens), plan.padded = round16(plan.tokens);
-  plan.wide = round16(s.D), plan.heads = s.C / s.D;
+  plan.tokens = static_cast<int>(tokens), plan.padded = rounded(plan.tokens, 16);
+  plan.wide = rounded(s.D, 16), plan.heads = s.C / s.D;
   plan.h_stride = padded_row(s.C), plan.qk_stride = padded_row(2 * plan.wide);
   plan.v_stride = padded_row(plan.wide), plan.p_stride = padded_row(plan.padded);
   plan.score_stride = plan.padded + 1;
@@ -59,7 +58,7 @@ inline AttentionPlan make_attention_plan(const AttentionShape& s, int bytes, int
   place(plan.qk, int64_t{plan.padded} * plan.qk_stride, bytes);
   place(plan.v, int64_t{plan.padded} * plan.v_stride, bytes);
   place(plan.parts, norm_parts_bytes(plan.padded), 1);
-  place(plan.norm, int64_t{2} * round16(s.C), 4);
+  place(plan.norm, int64_t{2} * rounded(s.C, 16), 4);
   if (at > limit) return plan;
   plan.shared = static_cast<int>(at);
   const int64_t windows = s.N * s.windows_h * s.windows_w;
@@ -149,7 +148,7 @@ class Attention {
     const AttentionPlan& plan = args_.plan;
     Matrix image = args_.pixels;
     image.values.data = static_cast<const T*>(image.values.data) + int64_t{n_} * image.rows * s.C;
-    const TileOf whole{0, plan.padded, (s.C + 15) / 16 * 16, thread_, kBlockThreads};
+    const TileOf whole{0, plan.padded, rounded(s.C, 16), thread_, kBlockThreads};
     start_tile(copies_, part(plan.h), plan.h_stride, image, whole,
                [&](int token) { return pixel_of(token); });
     copies_.close_group();
@@ -162,7 +161,7 @@ class Attention {
     const AttentionShape& s = args_.shape;
     if (args_.weight.values.data != nullptr) {
       const int wide = args_.plan.wide;
-      const TileOf whole{0, 2 * wide, (s.C + 15) / 16 * 16, thread_, kBlockThreads};
+      const TileOf whole{0, 2 * wide, rounded(s.C, 16), thread_, kBlockThreads};
       start_tile(copies_, part(args_.plan.weight), args_.plan.h_stride, args_.weight, whole,
                  [&](int r) {
                    const int d = r % wide;
@@ -242,7 +241,7 @@ class Attention {
     if (args_.weight.values.data == nullptr) return;
     const AttentionPlan& plan = args_.plan;
     multiply(part(plan.h), plan.h_stride, part(plan.weight), plan.h_stride, 2 * plan.wide,
-             (args_.shape.C + 15) / 16 * 16, [&](int token, int column, Float2 value) {
+             rounded(args_.shape.C, 16), [&](int token, int column, Float2 value) {
                value.x += bias_of(head, column);
                value.y += bias_of(head, column + 1);
                put_qk(token, column, value);

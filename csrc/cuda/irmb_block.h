@@ -1,6 +1,5 @@
 // Computes: the convolutional block in inference, whole: u = act(Wv norm(x) + bv) on the window
-// under
-//     a tile, zero outside the map; c = silu(bn(dwconv(u))); t = u + c with skips, else c;
+//     under a tile, zero outside the map; c = silu(bn(dwconv(u))); t = u + c with skips, else c;
 //     out = residual + gamma Wp t, each term where it exists. Behind the attention kernel, which
 //     gives x, it is the rest of the attention block.
 // Tiling: irmb_tiles.h. The pixels under the tile lie in shared memory, normalised; then for 32 of
@@ -9,9 +8,8 @@
 // Traffic: x once, halos from the caches; weights once a tile, from the caches; out once. The
 //     expanded map never leaves the multiprocessor. 2 M (C halo + K K + O) operations for C + O
 //     elements.
-// Numerics: norm(x), u and t rounded to T, as eager does; all else in fp32, the residual added
-// there,
-//     rounded once. Wp t is summed by ascending channel, and where few tiles share M out, split by
+// Numerics: norm(x), u and t rounded to T, as eager does; all else in fp32, the residual added, one
+//     rounding. Wp t is summed by ascending channel, and where few tiles share M out, split by
 //     split after that (irmb_sum.h): the order depends on the shapes alone, the batch's size too.
 // Limits: what fits in shared memory (irmb_tiles.h); up to 640 output channels.
 #pragma once
@@ -21,31 +19,6 @@
 #include "cuda/norm_rows.h"
 
 namespace emo_kernels::cuda {
-
-template <class T>
-struct BlockArgs {
-  BlockShape shape;
-  BlockPlan plan;
-  Matrix pixels;      // (H W, C) of image 0: x (N, H, W, C)
-  const T* residual;  // (N, HO, WO, O) or null
-  T* out;             // (N, HO, WO, O); null where partial sums are left
-  float* partials;    // (splits, N, HO, WO, O) or null
-  Norm norm;          // kAffine: over the statistics of `front`
-  ChannelNorm front, bn;
-  Matrix v, proj;               // (M, C), (O, M)
-  Vector bias, stencil, gamma;  // (M,), (M, K, K), (O,)
-  Activation act;
-  bool skip;      // u + c
-  bool in_pairs;  // whether two output channels can be written at once
-};
-
-// gamma y + residual at element `at` of the output, of output channel o: one channel or two.
-template <class Value, class Args>
-EMO_KERNEL Value finished(const Args& args, int64_t at, int o, Value y) {
-#pragma unroll
-  for (int i = 0; i < kChannels<Value>; ++i) channel(y, i) *= value_at(args.gamma, o + i, 1.0f);
-  return args.residual == nullptr ? y : y + widen(read_packed<Value>(args.residual + at));
-}
 
 // K = 0: any filter, stride and dilation, as the shape says.
 template <class T, int K, int S, int kPairs>

@@ -46,10 +46,6 @@ constexpr int kBlockStrip = K == 0             ? 1
 // What lies in a row of `taps`: the filters of a chunk, its biases and its shifts.
 EMO_ANYWHERE int taps_rows(int K) { return K * K + 2; }
 
-EMO_ANYWHERE int rounded(int value, int multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 namespace detail {
 
 inline int span_of(int tile, const BlockShape& s) { return (tile - 1) * s.S + (s.K - 1) * s.D + 1; }
@@ -168,6 +164,32 @@ EMO_KERNEL BlockTile block_tile(const BlockShape& s, const BlockPlan& plan, int6
   tile.first_chunk = tile.split * plan.chunks_a_split;
   tile.end_chunk = least(tile.first_chunk + plan.chunks_a_split, plan.chunks);
   return tile;
+}
+
+// What the kernels of a block are given.
+template <class T>
+struct BlockArgs {
+  BlockShape shape;
+  BlockPlan plan;
+  Matrix pixels;      // (H W, C) of image 0: x (N, H, W, C)
+  const T* residual;  // (N, HO, WO, O) or null
+  T* out;             // (N, HO, WO, O); null where partial sums are left
+  float* partials;    // (splits, N, HO, WO, O) or null
+  Norm norm;          // kAffine: over the statistics of `front`
+  ChannelNorm front, bn;
+  Matrix v, proj;               // (M, C), (O, M)
+  Vector bias, stencil, gamma;  // (M,), (M, K, K), (O,)
+  Activation act;
+  bool skip;      // u + c
+  bool in_pairs;  // whether two output channels can be written at once
+};
+
+// gamma y + residual at element `at` of the output, of output channel o: one channel or two.
+template <class Value, class Args>
+EMO_KERNEL Value finished(const Args& args, int64_t at, int o, Value y) {
+#pragma unroll
+  for (int i = 0; i < kChannels<Value>; ++i) channel(y, i) *= value_at(args.gamma, o + i, 1.0f);
+  return args.residual == nullptr ? y : y + widen(read_packed<Value>(args.residual + at));
 }
 
 }  // namespace emo_kernels::cuda

@@ -16,6 +16,10 @@ constexpr DType kTypeOf = sizeof(T) == 4 ? DType::kFloat32 : kFloat16;
 template <>
 inline constexpr DType kTypeOf<BFloat16> = DType::kBFloat16;
 
+EMO_ANYWHERE int rounded(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
 struct alignas(16) Sixteen {
   uint32_t words[4];
 };

@@ -24,7 +24,7 @@ struct NormRows {
   float *affine, *parts;  // (C rounded up, 2), norm_parts_bytes()
   int stride, C, capacity, count, thread;
 
-  EMO_KERNEL int pairs() const { return (C + 15) / 16 * 8; }
+  EMO_KERNEL int pairs() const { return rounded(C, 16) / 2; }
 
   // Scales and shifts of the channels.
   EMO_KERNEL void load_affine(Norm norm, const ChannelNorm& front) const {
