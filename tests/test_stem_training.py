@@ -199,3 +199,14 @@ def test_a_step_of_a_model_in_fp64(name: str, calls: list[str]) -> None:
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     assert_same_step(plain, fast, x, limit=1e-8)
     assert calls == STEP
+
+
+def test_a_sum_over_many_pixels_keeps_its_digits() -> None:
+    """Of channels_last maps PyTorch's own batch norm adds 400,000 gradients up in fp32."""
+    _, fast = stems(STEMS["patches"])
+    x = torch.randn(1, 3, 1280, 1280).contiguous(memory_format=torch.channels_last)
+    y = fast(x)
+    grad = torch.randn(y.shape) + 0.1
+    y.backward(grad.contiguous(memory_format=torch.channels_last))
+    bias = norm_of(fast).bias.grad
+    assert bias is not None and relative(bias.double(), grad.double().sum((0, 2, 3))) < 1e-7
