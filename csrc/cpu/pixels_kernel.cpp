@@ -128,18 +128,19 @@ void run_pixels(const PixelsCall& call, const Share& share) {
               break;
             case PixelsOp::kNormActSums:
               with_activation(call.act, [&](auto act) {
-                sum_rows<T>(here, C, first, second,
-                            [&](int64_t i, int64_t lane, int64_t left, V& a,
-                                V& b) __attribute__((always_inline)) {
-                              const int64_t k = at + i * C + lane;
-                              const V centred = load_as<V>(x + k, left) - row(2, lane, left);
-                              a = load_as<V>(grad + k, left);
-                              if constexpr (act.value != Activation::kNone) {
-                                const V z = fma(centred, row(0, lane, left), row(1, lane, left));
-                                a *= activate_slope<T, act.value>(z);
-                              }
-                              b = centred * row(3, lane, left);
-                            });
+                sum_rows<T, Sums::kMoments>(
+                    here, C, first, second,
+                    [&](int64_t i, int64_t lane, int64_t left, V& a, V& b)
+                        __attribute__((always_inline)) {
+                          const int64_t k = at + i * C + lane;
+                          const V centred = load_as<V>(x + k, left) - row(2, lane, left);
+                          a = load_as<V>(grad + k, left);
+                          if constexpr (act.value != Activation::kNone) {
+                            const V z = fma(centred, row(0, lane, left), row(1, lane, left));
+                            a *= activate_slope<T, act.value>(z);
+                          }
+                          b = centred * row(3, lane, left);
+                        });
               });
               break;
           }
