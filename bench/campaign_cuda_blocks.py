@@ -17,7 +17,7 @@ import emo_kernels as ek
 from emo_kernels import cuda, ops, reference
 from emo_kernels.accelerate import find_blocks
 from emo_kernels.spec import IRMBSpec, IRMBWeights
-from emo_kernels.structure import Reading
+from emo_kernels.structure import BlockReading
 
 # One image shares its expanded channels out among blocks of threads.
 FUNCTIONS = ("irmb", "irmb of one image")
@@ -50,7 +50,7 @@ def layers(models: tuple[str, ...], size: int) -> list[Layer]:
                 nn.init.normal_(module.running_mean, 0, 0.2)
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
         for path, block, map_size in _sizes(model, size):
-            reading = Reading(block)
+            reading = BlockReading(block)
             layer = Layer(f"{name} {path}", map_size, reading.weights(), reading.spec)
             shapes = tuple(t.shape for _, t in layer.weights.present())
             if refusal(layer, torch.bfloat16, "cpu") is None:

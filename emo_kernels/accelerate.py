@@ -15,7 +15,7 @@ from emo_kernels.link import Link
 from emo_kernels.ops.registration import needs_gradient, runs_standard_operators
 from emo_kernels.spec import IRMBSpec, IRMBWeights
 from emo_kernels.stem import accelerate_stems
-from emo_kernels.structure import Reading, UnreadableError, looks_like_irmb
+from emo_kernels.structure import BlockReading, UnreadableError, looks_like_irmb
 from emo_kernels.swap import SwappedForward, disagreement, own_forward, restore_module
 from emo_kernels.tail import accelerate_tails
 from emo_kernels.train_block import train
@@ -118,10 +118,10 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((path, m) for path, m in model.named_modules() if looks_like_irmb(m))
 
 
-class AcceleratedForward(SwappedForward[Reading]):
+class AcceleratedForward(SwappedForward[BlockReading]):
     """The forward of an accelerated block."""
 
-    read = Reading
+    read = BlockReading
 
     def __init__(self, block: nn.Module, backend: str | None) -> None:
         super().__init__(block, backend)
@@ -130,7 +130,7 @@ class AcceleratedForward(SwappedForward[Reading]):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_link": Link()}
 
-    def decide(self, x: Tensor, reading: Reading) -> Tensor:
+    def decide(self, x: Tensor, reading: BlockReading) -> Tensor:
         """A training step's kernels, the whole block's in inference, or the block's own forward."""
         eager = not torch.compiler.is_compiling()
         weights = reading.weights()
@@ -185,7 +185,7 @@ class AcceleratedForward(SwappedForward[Reading]):
                 return own_forward(self.block, x)
         return ops.irmb(x, weights, spec, backend=backend)
 
-    def _bind(self, x: Tensor, weights: IRMBWeights, reading: Reading) -> None:
+    def _bind(self, x: Tensor, weights: IRMBWeights, reading: BlockReading) -> None:
         """Keep the call that was just made for the next one."""
         self._bound = None
         backend = backends.resolve("irmb", self.backend, x, weights, reading.spec)
@@ -197,7 +197,7 @@ class AcceleratedForward(SwappedForward[Reading]):
 def unreadable(block: nn.Module) -> str | None:
     """Why ``block`` is not the published block after all, or ``None``."""
     try:
-        reading = Reading(block)
+        reading = BlockReading(block)
     except UnreadableError as reason:
         return str(reason)
     weights = reading.weights()
@@ -215,7 +215,7 @@ def sample_input(weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
 
 def _no_kernel(block: nn.Module, backend: str | None) -> str | None:
     """Why no kernel runs this block in inference where it is now, or ``None``."""
-    reading = Reading(block)
+    reading = BlockReading(block)
     weights, spec = reading.weights(), reading.spec
     x = sample_input(weights, spec)
     device = x.device.type

@@ -19,7 +19,7 @@ from emo_kernels.stem import (
     sample_image,
     unreadable_stem,
 )
-from emo_kernels.structure import Reading
+from emo_kernels.structure import BlockReading
 from emo_kernels.tail import AcceleratedTail, TailReading, find_tails, unreadable_tail
 
 
@@ -120,7 +120,7 @@ def _row(path: str, block: nn.Module, x: Tensor | None) -> Row:
         reason = reason or "the block is not accelerated: call emo_kernels.accelerate(model)"
         reasons = dict.fromkeys((n for n in backends.NAMES if n != "reference"), reason)
         return Row(path, "irmb", shape, "reference", "reference", reasons, reasons)
-    reading = Reading(block)
+    reading = BlockReading(block)
     weights, spec = reading.weights(), reading.spec
     if x is None:
         x = sample_input(weights, spec)

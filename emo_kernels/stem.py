@@ -14,8 +14,14 @@ from torch import Tensor, nn
 
 from emo_kernels import backends, ops, reference
 from emo_kernels.ops.registration import needs_gradient, runs_standard_operators
-from emo_kernels.structure import BATCH_NORMS, Reading, UnreadableError, looks_like_irmb
-from emo_kernels.swap import SwappedForward, disagreement, own_forward, restore_module
+from emo_kernels.structure import BATCH_NORMS, OperatorReading, UnreadableError, looks_like_irmb
+from emo_kernels.swap import (
+    SwappedForward,
+    choose,
+    disagreement,
+    own_forward,
+    restore_module,
+)
 from emo_kernels.train_stem import train_stem
 
 _MOST_INPUTS = 4  # channels of an image
@@ -57,12 +63,10 @@ def _looks_like_stem(module: nn.Module) -> bool:
     )
 
 
-class StemReading(Reading):
-    """The tensors and options of one stem; ``spec`` is what ``ops.conv_norm_act`` takes."""
+class StemReading(OperatorReading):
+    """Of one stem: what ``ops.conv_norm_act`` takes."""
 
-    spec: dict[str, Any]  # type: ignore[assignment]
-
-    def _read(self, block: nn.Module) -> dict[str, Any]:  # type: ignore[override]
+    def _read(self, block: nn.Module) -> dict[str, Any]:
         layers = _layers(block)
         if layers is None:
             raise UnreadableError("it is no single sequence of convolution, norm and activation")
@@ -84,10 +88,6 @@ class StemReading(Reading):
         steps = {name: pair[0] for name, pair in sizes if name in _STEP}
         return {**steps, "eps": self._attribute(norm, "eps"), "act": act}
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """weight, bias and the norm's four, as they are now."""
-        return tuple(None if place is None else place[0].get(place[1]) for place in self._tensors)
-
 
 class AcceleratedStem(SwappedForward[StemReading]):
     """The forward of an accelerated stem."""
@@ -104,7 +104,9 @@ class AcceleratedStem(SwappedForward[StemReading]):
             requested = backends.requested(self.backend)
             trained = train_stem(x, tensors, reading.norm, reading.spec, requested)
             return own_forward(self.block, x) if trained is None else trained
-        backend = self._choose(x, tensors, reading)
+        backend = None
+        if all(t is None or t.dtype == x.dtype for t in tensors):
+            backend = choose("conv_norm_act", self.backend, x, *tensors, **reading.spec)
         if backend is None:
             return own_forward(self.block, x)
         out = ops.conv_norm_act(x, *tensors, **reading.spec, backend=backend)  # type: ignore[arg-type]
@@ -114,25 +116,6 @@ class AcceleratedStem(SwappedForward[StemReading]):
                 bind = backends.function(backend, "conv_norm_act_bind")
                 self._bound = bind(x, *tensors, conditions=reading.conditions(), **reading.spec)
         return out
-
-    def _choose(self, x: Tensor, tensors: tuple[Any, ...], reading: StemReading) -> str | None:
-        """The backend that runs the stem; ``None``: its own forward does.
-
-        A backend asked for need not have a kernel for stems: a stem is not one of the blocks.
-        """
-        names = backends.candidates("conv_norm_act", x.device.type)
-        asked = backends.requested(self.backend)
-        for name in names if asked is None else (asked,):
-            if name != "reference" and not why_not_stem(name, x, *tensors, **reading.spec):
-                return name
-        return None
-
-
-def why_not_stem(name: str, x: Tensor, *tensors: Tensor | None, **options: Any) -> str | None:
-    """Why backend ``name`` does not run this stem, or ``None``."""
-    if any(t is not None and t.dtype != x.dtype for t in tensors):
-        return "its tensors are not of the image's dtype"
-    return backends.why_not(name, "conv_norm_act", x.device.type, x, *tensors, **options)
 
 
 def accelerate_stems(model: nn.Module, backend: str | None) -> None:

@@ -11,9 +11,9 @@ every call.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from emo_kernels import backends
@@ -29,6 +29,7 @@ _ACTIVATION_CLASSES = {
 }
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _ABSENT = object()
+Spec = TypeVar("Spec")
 
 
 class UnreadableError(Exception):
@@ -52,8 +53,8 @@ def has_global_hooks() -> bool:
     return any(_GLOBAL_HOOKS)
 
 
-class Reading:
-    """The tensors and switches of one block as they were read.
+class Reading(Generic[Spec]):
+    """The tensors and switches of one module as they were read.
 
     Attributes:
         spec: the switches.
@@ -85,13 +86,6 @@ class Reading:
     def is_current(self) -> bool:
         """Whether a new reading of the block would give the same."""
         return self._look() == self._held and not any(self._hooks)
-
-    def weights(self) -> IRMBWeights:
-        """The block's tensors as they are now."""
-        weights = IRMBWeights._make(None if t is None else t[0].get(t[1]) for t in self._tensors)
-        if weights.gamma is None or weights.gamma.dim() == 1:
-            return weights
-        return weights._replace(gamma=weights.gamma.flatten())
 
     def conditions(self) -> Conditions:
         """What must not change for this reading and its weights' memory to stay as they are."""
@@ -136,6 +130,56 @@ class Reading:
                 held = module._buffers if name in module._buffers else module._parameters
                 self._tensors.append((held, name))
 
+    def _read_norm(self, norm: Any) -> dict[str, Any]:
+        names = ("weight", "bias", "running_mean", "running_var")
+        if type(norm) is nn.Identity:
+            self._parameters(None, *names)
+            return {"norm": "none"}
+        if type(norm) in BATCH_NORMS:
+            self._read_batch_norm(norm)
+            self.norm = norm
+            return {"norm": "batch", "norm_eps": self._attribute(norm, "eps")}
+        inner = norm if isinstance(norm, nn.LayerNorm) else self._child(norm, "norm.norm", "norm")
+        if not isinstance(inner, nn.LayerNorm):
+            name = type(norm).__name__
+            _refuse(f"norm is a {name}, not BatchNorm2d or a LayerNorm over channels")
+        self._parameters(inner, *names[:2])
+        self._parameters(None, *names[2:])
+        return {"norm": "layer", "norm_eps": self._attribute(inner, "eps")}
+
+    def _read_batch_norm(self, norm: Any) -> None:
+        self._parameters(norm, "weight", "bias", "running_mean", "running_var")
+        if self._attribute(norm, "training") or norm.running_mean is None:
+            self.batch_dependent = "batch norm takes the batch's statistics"
+
+    def _read_conv(self, layer: nn.Module, path: str, name: str) -> Any:
+        conv = self._child(layer, f"{path}.{name}", name)
+        if type(conv) is not nn.Conv2d:
+            _refuse(f"{path}.{name} is a {type(conv).__name__}, not torch.nn.Conv2d")
+        return conv
+
+    def _read_act(self, layer: Any, path: str, name: str = "act") -> str:
+        act = self._child(layer, f"{path}.{name}", name)
+        found = _ACTIVATION_CLASSES.get(type(act).__name__)
+        if found is None or getattr(act, "approximate", "none") != "none":
+            _refuse(f"{path}.{name} is a {type(act).__name__}, which no kernel has")
+        return found
+
+    def _read(self, module: nn.Module) -> Spec:
+        """The switches; tensors in the order that kernels take them."""
+        raise NotImplementedError
+
+
+class BlockReading(Reading[IRMBSpec]):
+    """Of one inverted residual mobile block."""
+
+    def weights(self) -> IRMBWeights:
+        """The block's tensors as they are now."""
+        weights = IRMBWeights._make(None if t is None else t[0].get(t[1]) for t in self._tensors)
+        if weights.gamma is None or weights.gamma.dim() == 1:
+            return weights
+        return weights._replace(gamma=weights.gamma.flatten())
+
     def _read(self, block: nn.Module) -> IRMBSpec:
         """Tensors in the order of IRMBWeights."""
         norm = self._read_norm(self._child(block, "norm", "norm"))
@@ -159,28 +203,6 @@ class Reading:
             **stencil,
             **attention,
         )
-
-    def _read_norm(self, norm: Any) -> dict[str, Any]:
-        names = ("weight", "bias", "running_mean", "running_var")
-        if type(norm) is nn.Identity:
-            self._parameters(None, *names)
-            return {"norm": "none"}
-        if type(norm) in BATCH_NORMS:
-            self._read_batch_norm(norm)
-            self.norm = norm
-            return {"norm": "batch", "norm_eps": self._attribute(norm, "eps")}
-        inner = norm if isinstance(norm, nn.LayerNorm) else self._child(norm, "norm.norm", "norm")
-        if not isinstance(inner, nn.LayerNorm):
-            name = type(norm).__name__
-            _refuse(f"norm is a {name}, not BatchNorm2d or a LayerNorm over channels")
-        self._parameters(inner, *names[:2])
-        self._parameters(None, *names[2:])
-        return {"norm": "layer", "norm_eps": self._attribute(inner, "eps")}
-
-    def _read_batch_norm(self, norm: Any) -> None:
-        self._parameters(norm, "weight", "bias", "running_mean", "running_var")
-        if self._attribute(norm, "training") or norm.running_mean is None:
-            self.batch_dependent = "batch norm takes the batch's statistics"
 
     def _read_attention(self, block: nn.Module) -> dict[str, Any]:
         if not self._attribute(block, "attn_s", "qk" in block._modules):
@@ -272,12 +294,6 @@ class Reading:
                 else:
                     self.dropout = self.batch_dependent
 
-    def _read_conv(self, layer: nn.Module, path: str, name: str) -> Any:
-        conv = self._child(layer, f"{path}.{name}", name)
-        if type(conv) is not nn.Conv2d:
-            _refuse(f"{path}.{name} is a {type(conv).__name__}, not torch.nn.Conv2d")
-        return conv
-
     def _read_pointwise(self, layer: Any, path: str) -> Any:
         """The 1x1 convolution of a conv-norm-act layer that has no norm."""
         conv = self._read_conv(layer, path, "conv")
@@ -287,12 +303,13 @@ class Reading:
             _refuse(f"{path} has a norm")
         return conv
 
-    def _read_act(self, layer: Any, path: str, name: str = "act") -> str:
-        act = self._child(layer, f"{path}.{name}", name)
-        found = _ACTIVATION_CLASSES.get(type(act).__name__)
-        if found is None or getattr(act, "approximate", "none") != "none":
-            _refuse(f"{path}.{name} is a {type(act).__name__}, which no kernel has")
-        return found
+
+class OperatorReading(Reading[dict[str, Any]]):
+    """Of what one operator beside the blocks computes; ``spec`` holds the operator's options."""
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order the operator takes them, as they are now."""
+        return tuple(None if place is None else place[0].get(place[1]) for place in self._tensors)
 
 
 def _refuse(reason: str) -> NoReturn:

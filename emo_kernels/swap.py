@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from emo_kernels import backends
 from emo_kernels.structure import Reading, UnreadableError, has_global_hooks
 
-R = TypeVar("R", bound=Reading)
+R = TypeVar("R", bound=Reading[Any])
 
 
 class Replacement:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from emo_kernels import backends, ops, reference
 from emo_kernels.ops.registration import runs_standard_operators
-from emo_kernels.structure import Reading, UnreadableError
+from emo_kernels.structure import OperatorReading, UnreadableError
 from emo_kernels.swap import (
     SwappedForward,
     choose,
@@ -40,12 +40,10 @@ def _looks_like_tail(module: nn.Module) -> bool:
     )
 
 
-class TailReading(Reading):
-    """The tensors and options of one tail; ``spec`` is what ``ops.norm_pool_linear`` takes."""
+class TailReading(OperatorReading):
+    """Of one tail: what ``ops.norm_pool_linear`` takes."""
 
-    spec: dict[str, Any]  # type: ignore[assignment]
-
-    def _read(self, model: nn.Module) -> dict[str, Any]:  # type: ignore[override]
+    def _read(self, model: nn.Module) -> dict[str, Any]:
         for name in _METHODS:
             self._places.append((model.__dict__, name))
             if name in model.__dict__:
@@ -59,10 +57,6 @@ class TailReading(Reading):
             raise UnreadableError("its norm is no layer norm over channels")
         del self._tensors[4:]  # statistics, which a layer norm has not
         return {"eps": norm["norm_eps"]}
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """weight, bias and the norm's two, as they are now."""
-        return tuple(None if place is None else place[0].get(place[1]) for place in self._tensors)
 
 
 class AcceleratedTail(SwappedForward[TailReading]):

@@ -12,11 +12,11 @@ from emo_kernels.link import Link
 from emo_kernels.ops.irmb_training import Plan, irmb_training, irmb_training_among
 from emo_kernels.ops.registration import runs_standard_operators
 from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights
-from emo_kernels.structure import Reading
+from emo_kernels.structure import BlockReading
 
 
 def train(
-    x: Tensor, weights: IRMBWeights, reading: Reading, requested: str | None, link: Link
+    x: Tensor, weights: IRMBWeights, reading: BlockReading, requested: str | None, link: Link
 ) -> Tensor | None:
     """What the block computes now, by the kernels of a training step.
 
@@ -90,7 +90,7 @@ def process_group(norm: Any) -> Any:
     return group if distributed.get_world_size(group) > 1 else None
 
 
-def _tracked(weights: IRMBWeights, reading: Reading) -> IRMBWeights:
+def _tracked(weights: IRMBWeights, reading: BlockReading) -> IRMBWeights:
     """Without the running statistics that a training batch norm does not keep."""
     for norm, names in ((reading.norm, "norm"), (reading.bn, "bn")):
         if norm is not None and norm.training and not norm.track_running_stats:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emo_kernels.nn import iRMB
 from emo_kernels.reference import irmb
-from emo_kernels.structure import Reading
+from emo_kernels.structure import BlockReading
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,7 +41,7 @@ def test_reference_operator_is_the_module(kind: str) -> None:
     """The functional block, given this block's tensors and switches, computes the same."""
     options = {"dim_head": 2, "window_size": 2, "qkv_bias": True, **KINDS[kind]}
     block = randomise(iRMB(4, 4, **options))
-    reading = Reading(block)
+    reading = BlockReading(block)
     for size in [(2, 4, 3, 5), (1, 4, 4, 4), (2, 4, 1, 1), (0, 4, 3, 2)]:
         x = torch.randn(size, **DOUBLE)
         got = irmb(x, reading.weights(), reading.spec)

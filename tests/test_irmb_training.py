@@ -21,7 +21,7 @@ from emo_kernels.nn import iRMB
 from emo_kernels.ops.irmb_step import Plan
 from emo_kernels.ops.irmb_training import irmb_training
 from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights, composition_limits
-from emo_kernels.structure import Reading
+from emo_kernels.structure import BlockReading
 
 STATISTICS = {"batch": (True, True), "known": (False, False), "mixed": (False, True)}
 KERNELS = implementing("irmb_training")
@@ -80,7 +80,7 @@ def has_one_value(row: Row) -> bool:
 def test_the_reference_in_training_is_the_modules(kind: str) -> None:
     block = randomise(iRMB(4, 4, dim_head=2, window_size=2, **KINDS[kind])).train()
     x = torch.randn(3, 4, 5, 4, **DOUBLE)
-    reading = Reading(block)
+    reading = BlockReading(block)
     batch = (reading.spec.norm == "batch", True)
     got = reference.irmb(x, reading.weights(), reading.spec, batch_statistics=batch)
     assert relative(got, block(x)) < 1e-12

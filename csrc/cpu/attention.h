@@ -37,8 +37,8 @@ class Attention {
     for (int64_t i = 0; i < kPanel<T>; ++i) own_[a_.no_bias + i] = T(0);
   }
 
-  // Packs the projections of heads [h0, h1) into the shared buffer.
-  void pack(int64_t h0, int64_t h1);
+  // Packs into the shared buffer: slot 2 h the queries of head h, 2 h + 1 its keys and its values.
+  void pack(int64_t slot);
 
   // Attends in units [u0, u1) of one partition: image, window, head, the head running fastest.
   // The result is added to what z holds where `add`.
@@ -107,28 +107,21 @@ void pack_joined(const Param& weight, const Param& bias, int64_t row, int64_t d,
 }
 
 template <class Ty>
-void Attention<Ty>::pack(int64_t h0, int64_t h1) {
-  const int64_t C = call_.C, depth = plan_.depth(C);
+void Attention<Ty>::pack(int64_t slot) {
+  const int64_t C = call_.C, depth = plan_.depth(C), head = slot / 2, k = slot % 2;
   const int64_t d = a_.head_dim, step = d_panels() * kPanel<T>;
   const int64_t v_step = ceil_div(a_.value_dim, kPanel<T>) * kPanel<T>;
-  for (int64_t head = h0; head < h1; ++head) {
-    if (joined()) {
-      pack_joined(call_.qk_weight, call_.qk_bias, head * d, d, C,
-                  terms(shared_ + a_.qk_weight) + 2 * head * step * depth,
-                  shared_ + a_.qk_bias + 2 * head * step);
-    } else if (call_.qk_weight.data) {
-      for (int64_t k = 0; k < 2; ++k) {
-        const int64_t slot = 2 * head + k;
-        pack_projection(call_.qk_weight, call_.qk_bias, k * C + head * d, d, C, depth,
-                        terms(shared_ + a_.qk_weight) + slot * step * depth,
-                        shared_ + a_.qk_bias + slot * step);
-      }
-    }
-    if (a_.values_expanded) {
-      pack_projection(call_.v_weight, call_.v_bias, head * a_.value_dim, a_.value_dim, C, depth,
-                      terms(shared_ + a_.v_weight) + head * v_step * depth,
-                      shared_ + a_.v_bias + head * v_step);
-    }
+  Term* const weight = terms(shared_ + a_.qk_weight) + slot * step * depth;
+  T* const bias = shared_ + a_.qk_bias + slot * step;
+  if (joined()) {
+    if (k == 0) pack_joined(call_.qk_weight, call_.qk_bias, head * d, d, C, weight, bias);
+  } else if (call_.qk_weight.data) {
+    pack_projection(call_.qk_weight, call_.qk_bias, k * C + head * d, d, C, depth, weight, bias);
+  }
+  if (a_.values_expanded && k == 1) {
+    pack_projection(call_.v_weight, call_.v_bias, head * a_.value_dim, a_.value_dim, C, depth,
+                    terms(shared_ + a_.v_weight) + head * v_step * depth,
+                    shared_ + a_.v_bias + head * v_step);
   }
 }
 

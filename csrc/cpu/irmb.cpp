@@ -1,59 +1,15 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "cpu/choose.h"
 #include "cpu/irmb_plan.h"
-#include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "emo_kernels.h"
 
 namespace emo_kernels::cpu {
 namespace {
 
-const IrmbKernel& bf16_kernel() {
-  switch (selected()) {
-#ifdef EMO_HAS_AVX512BF16
-    case Isa::kAvx512Bf16:
-      return irmb_kernel_avx512bf16_bf16();
-#endif
-#ifdef EMO_HAS_AVX512
-    case Isa::kAvx512:
-      return irmb_kernel_avx512_bf16();
-#endif
-#ifdef EMO_HAS_AVX2
-    case Isa::kAvx2:
-      return irmb_kernel_avx2_bf16();
-#endif
-#ifdef EMO_HAS_NEON
-    case Isa::kNeon:
-      return irmb_kernel_neon_bf16();
-#endif
-    default:
-      return irmb_kernel_portable_bf16();
-  }
-}
-
-const IrmbKernel& kernel_for(DType dtype) {
-  const Isa isa = selected();
-  if (dtype == DType::kFloat64) return irmb_kernel_portable_f64();
-  if (dtype == DType::kBFloat16) return bf16_kernel();
-  switch (isa) {
-#ifdef EMO_HAS_AVX512
-    case Isa::kAvx512:
-    case Isa::kAvx512Bf16:
-      return irmb_kernel_avx512_f32();
-#endif
-#ifdef EMO_HAS_AVX2
-    case Isa::kAvx2:
-      return irmb_kernel_avx2_f32();
-#endif
-#ifdef EMO_HAS_NEON
-    case Isa::kNeon:
-      return irmb_kernel_neon_f32();
-#endif
-    default:
-      return irmb_kernel_portable_f32();
-  }
-}
+const IrmbKernel& kernel_for(DType dtype) { EMO_CHOOSE(dtype, irmb_kernel, EMO_PAIRS(irmb_kernel)) }
 
 struct Team {
   const IrmbPlan* plan;

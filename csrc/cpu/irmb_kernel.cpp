@@ -123,7 +123,7 @@ void run(const IrmbPlan& plan, void* shared_buffer, void* own_buffer, int64_t* o
     if (plan.attention.attends) {
       Attention<Ty> attention(plan, shared, own, offsets);
       if (image == 0) {
-        mine(plan.attention.heads, [&](int64_t head) { attention.pack(head, head + 1); });
+        mine(2 * plan.attention.heads, [&](int64_t slot) { attention.pack(slot); });
         barrier();
       }
       attend(attention, plan, image, images, thread, threads, barrier);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/launch.h"
 #include "emo_kernels.h"
 
 namespace emo_kernels::cpu {
@@ -69,17 +70,7 @@ struct IrmbKernel {
               int threads, void (*barrier)());
 };
 
-// One per instruction set and type of the maps.
-const IrmbKernel& irmb_kernel_portable_f32();
-const IrmbKernel& irmb_kernel_portable_f64();
-const IrmbKernel& irmb_kernel_avx2_f32();
-const IrmbKernel& irmb_kernel_avx512_f32();
-const IrmbKernel& irmb_kernel_neon_f32();
-const IrmbKernel& irmb_kernel_portable_bf16();
-const IrmbKernel& irmb_kernel_avx2_bf16();
-const IrmbKernel& irmb_kernel_avx512_bf16();
-const IrmbKernel& irmb_kernel_avx512bf16_bf16();
-const IrmbKernel& irmb_kernel_neon_bf16();
+EMO_DECLARE_KERNELS(IrmbKernel, irmb_kernel);
 
 // Checks every size and pointer the kernels rely on: std::invalid_argument otherwise.
 void check_irmb(const IrmbCall& call);

@@ -26,17 +26,19 @@ struct Kernel {
   void (*run)(const Call& call, const Share& share);
 };
 
-#define EMO_DECLARE_KERNEL(Call, name)          \
-  const Kernel<Call>& name##_portable_f32();    \
-  const Kernel<Call>& name##_portable_bf16();   \
-  const Kernel<Call>& name##_portable_f64();    \
-  const Kernel<Call>& name##_avx2_f32();        \
-  const Kernel<Call>& name##_avx2_bf16();       \
-  const Kernel<Call>& name##_avx512_f32();      \
-  const Kernel<Call>& name##_avx512_bf16();     \
-  const Kernel<Call>& name##_avx512bf16_bf16(); \
-  const Kernel<Call>& name##_neon_f32();        \
-  const Kernel<Call>& name##_neon_bf16()
+// One per instruction set and type of the maps.
+#define EMO_DECLARE_KERNELS(Kind, name) \
+  const Kind& name##_portable_f32();    \
+  const Kind& name##_portable_bf16();   \
+  const Kind& name##_portable_f64();    \
+  const Kind& name##_avx2_f32();        \
+  const Kind& name##_avx2_bf16();       \
+  const Kind& name##_avx512_f32();      \
+  const Kind& name##_avx512_bf16();     \
+  const Kind& name##_avx512bf16_bf16(); \
+  const Kind& name##_neon_f32();        \
+  const Kind& name##_neon_bf16()
+#define EMO_DECLARE_KERNEL(Call, name) EMO_DECLARE_KERNELS(Kernel<Call>, name)
 
 EMO_DECLARE_KERNEL(ConvNormActCall, conv_norm_act_kernel);
 EMO_DECLARE_KERNEL(ConvNormActBackwardCall, conv_norm_act_backward_kernel);

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/isa.h"
+#include "cpu/choose.h"
 #include "cpu/launch.h"
 #include "cpu/threads.h"
 #include "emo_kernels.h"
@@ -12,51 +12,9 @@
 namespace emo_kernels::cpu {
 namespace {
 
-#ifdef EMO_HAS_AVX2
-#define EMO_CASE_AVX2(name) \
-  case Isa::kAvx2:          \
-    return wide ? name##_avx2_f32() : name##_avx2_bf16();
-#else
-#define EMO_CASE_AVX2(name)
-#endif
-#ifdef EMO_HAS_AVX512
-#define EMO_CASE_AVX512(name) \
-  case Isa::kAvx512:          \
-  case Isa::kAvx512Bf16:      \
-    return wide ? name##_avx512_f32() : name##_avx512_bf16();
-#else
-#define EMO_CASE_AVX512(name)
-#endif
-#ifdef EMO_HAS_NEON
-#define EMO_CASE_NEON(name) \
-  case Isa::kNeon:          \
-    return wide ? name##_neon_f32() : name##_neon_bf16();
-#else
-#define EMO_CASE_NEON(name)
-#endif
-
-// Of the kernels that multiply pairs of bfloat16.
-#ifdef EMO_HAS_AVX512BF16
-#define EMO_PAIRS(name) \
-  if (isa == Isa::kAvx512Bf16 && !wide) return name##_avx512bf16_bf16();
-#else
-#define EMO_PAIRS(name)
-#endif
-
-// kernel_for(call): the kernel of the call's type for the type of its maps and this machine.
-#define EMO_KERNEL_FOR(Call, name, pairs)                             \
-  const Kernel<Call>& kernel_for(const Call& call) {                  \
-    const Isa isa = selected();                                       \
-    const bool wide = call.dtype != DType::kBFloat16;                 \
-    if (call.dtype == DType::kFloat64) return name##_portable_f64();  \
-    pairs switch (isa) {                                              \
-      EMO_CASE_AVX512(name)                                           \
-      EMO_CASE_AVX2(name)                                             \
-      EMO_CASE_NEON(name)                                             \
-      default:                                                        \
-        return wide ? name##_portable_f32() : name##_portable_bf16(); \
-    }                                                                 \
-  }
+// kernel_for(call): the kernel of the call's type.
+#define EMO_KERNEL_FOR(Call, name, pairs) \
+  const Kernel<Call>& kernel_for(const Call& call) { EMO_CHOOSE(call.dtype, name, pairs) }
 
 EMO_KERNEL_FOR(ConvNormActCall, conv_norm_act_kernel, )
 EMO_KERNEL_FOR(ConvNormActBackwardCall, conv_norm_act_backward_kernel, )

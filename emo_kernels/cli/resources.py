@@ -23,7 +23,7 @@ from emo_kernels.models import create_model
 from emo_kernels.ops.irmb_step import Plan
 from emo_kernels.ops.irmb_training import irmb_training
 from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights
-from emo_kernels.structure import Reading
+from emo_kernels.structure import BlockReading
 from emo_kernels.triton import resources
 
 
@@ -76,7 +76,7 @@ def distinct_layers(
     model = create_model(name, **{"in_chans": shape[1], "drop_path_rate": 0.0, **fields})
     seen = set()
     for path, block, x in _blocks_and_inputs(model, torch.empty(shape)):
-        reading = Reading(block)
+        reading = BlockReading(block)
         weights = reading.weights()
         key = (reading.spec, tuple((n, t.shape) for n, t in weights.present()), x.shape)
         if key not in seen:
