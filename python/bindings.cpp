@@ -186,8 +186,8 @@ void pixels(int dtype, int op, const py::tuple& pointers, const py::tuple& sizes
   cpu::pixels(c);
 }
 
-void batch_norm_activate(int dtype, int op, int act, const py::tuple& pointers, const py::tuple& sizes,
-                    int threads) {
+void batch_norm_activate(int dtype, int op, int act, const py::tuple& pointers,
+                         const py::tuple& sizes, int threads) {
   cpu::PixelsCall c;
   c.dtype = static_cast<emo_kernels::DType>(dtype);
   c.op = static_cast<cpu::PixelsOp>(op);
