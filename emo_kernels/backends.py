@@ -164,13 +164,14 @@ def function(name: str, operator: str) -> Callable[..., Any]:
 
     What a block composed of its kernels lacks comes from the backend that completes it.
     """
-    other = _TABLE[check_name(name)].completed_by
-    if other is not None and unavailable(name) is None and not has(name, operator):
+    reason = unavailable(check_name(name))
+    if reason is None and has(name, operator):
+        return getattr(_namespaces[name], operator)
+    other = _TABLE[name].completed_by
+    if reason is None and other is not None:
         return function(other, operator)
-    if unavailable(check_name(name)) is not None or not has(name, operator):
-        reason = unavailable(name) or f"{name} has no {operator} kernel"
-        raise NotImplementedError(f"{operator}: backend {name!r} cannot run it: {reason}")
-    return getattr(_namespaces[name], operator)
+    reason = reason or f"{name} has no {operator} kernel"
+    raise NotImplementedError(f"{operator}: backend {name!r} cannot run it: {reason}")
 
 
 def check_name(name: str, source: str = "backend") -> str:

@@ -161,8 +161,8 @@ def test_each_call_of_a_model_has_its_count(mode: str, monkeypatch: pytest.Monke
     from emo_kernels import reference
 
     for name in reference.__all__:
-        if name != "irmb":
-            monkeypatch.setattr(kernels, name, getattr(reference, name), raising=False)
+        if name != "irmb" and hasattr(kernels, name):
+            monkeypatch.setattr(kernels, name, getattr(reference, name))
     monkeypatch.setattr(Place, "tiny", {})
     job = Job("emo_1m", mode, 2, size=32)
     with campaign_dry.no_gpu_needed():

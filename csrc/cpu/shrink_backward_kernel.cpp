@@ -149,12 +149,13 @@ struct Panel {
     if (c.ddrop) {
       alignas(64) double sums[kPanel<T>];
       fill_zero(sums, P);
-      sum_rows<T>(i1 - i0, channels, none, sums,
-                  [&](int64_t k, int64_t lane, int64_t count, V& a, V& b)
-                      __attribute__((always_inline)) {
-                        a = load<V>(l.d + (i0 + k) * P + lane);
-                        recompute(i0 + k, lane, count, b);
-                      });
+      // One number an image: all of its sum in double.
+      sum_rows<T, Sums::kMoments>(i1 - i0, channels, none, sums,
+                                  [&](int64_t k, int64_t lane, int64_t count, V& a, V& b)
+                                      __attribute__((always_inline)) {
+                                        a = load<V>(l.d + (i0 + k) * P + lane);
+                                        recompute(i0 + k, lane, count, b);
+                                      });
       for (int64_t lane = 0; lane < channels; ++lane) l.ddrop[image] += sums[lane];
     }
   }

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _layers(name: str, args: argparse.Namespace) -> list[Layer]:
     fields = settings(args)
-    shape = (args.batch[0], fields.get("in_chans", 3), *image_size(args.size[0]))
+    shape = ((args.batch or [1])[0], fields.get("in_chans", 3), *image_size(args.size[0]))
     with torch.device("meta"):
         layers = list(distinct_layers(name, fields, shape))
     paths = [layer.path for layer in layers]
