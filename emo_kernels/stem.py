@@ -109,7 +109,7 @@ class AcceleratedStem(SwappedForward[StemReading]):
             backend = choose("conv_norm_act", self.backend, x, *tensors, **reading.spec)
         if backend is None:
             return own_forward(self.block, x)
-        out = ops.conv_norm_act(x, *tensors, **reading.spec, backend=backend)  # type: ignore[arg-type]
+        out = ops.conv_norm_act(x, *tensors, **reading.spec, backend=backend)
         if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
             self._bound = None
             if backends.has(backend, "conv_norm_act_bind"):
@@ -140,7 +140,7 @@ def unreadable_stem(stem: nn.Module) -> str | None:
 
     def computes(x: Tensor) -> Tensor:
         options = {**reading.spec, "batch_statistics": untracked}
-        return reference.conv_norm_act(x, *tensors, **options)  # type: ignore[arg-type]
+        return reference.conv_norm_act(x, *tensors, **options)
 
     image = sample_image(tensors[0], reading.spec)
     return disagreement(stem, image, computes, "its layers in turn")

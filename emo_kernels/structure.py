@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, Generic, NoReturn, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as module_globals
 
 from emo_kernels import backends
@@ -307,8 +307,8 @@ class BlockReading(Reading[IRMBSpec]):
 class OperatorReading(Reading[dict[str, Any]]):
     """Of what one operator beside the blocks computes; ``spec`` holds the operator's options."""
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """In the order the operator takes them, as they are now."""
+    def tensors(self) -> tuple[Any, ...]:
+        """In the order the operator takes them, as they are now; ``None`` where absent."""
         return tuple(None if place is None else place[0].get(place[1]) for place in self._tensors)
 
 

@@ -80,7 +80,8 @@ class AcceleratedTail(SwappedForward[TailReading]):
             or runs_standard_operators(x)
         ):
             return own_forward(self.block, x)
-        y: Tensor = self.block.trunk(x)  # type: ignore[operator]
+        network: Any = self.block
+        y: Tensor = network.trunk(x)
         out = None if self._bound_tail is None else self._bound_tail(y)
         return self._compute(y, reading) if out is None else out
 
@@ -88,8 +89,8 @@ class AcceleratedTail(SwappedForward[TailReading]):
         tensors, operator = reading.tensors(), "norm_pool_linear"
         backend = choose(operator, self.backend, y, *tensors, **reading.spec)
         if backend is None:
-            return reference.norm_pool_linear(y, *tensors, **reading.spec)  # type: ignore[arg-type]
-        out = ops.norm_pool_linear(y, *tensors, **reading.spec, backend=backend)  # type: ignore[arg-type]
+            return reference.norm_pool_linear(y, *tensors, **reading.spec)
+        out = ops.norm_pool_linear(y, *tensors, **reading.spec, backend=backend)
         self._bound_tail = None
         if backends.has(backend, f"{operator}_bind"):
             bind = backends.function(backend, f"{operator}_bind")
@@ -105,7 +106,7 @@ def accelerate_tails(model: nn.Module, backend: str | None) -> None:
             network.forward = AcceleratedTail(network, backend)
 
 
-def unreadable_tail(network: nn.Module) -> str | None:
+def unreadable_tail(network: Any) -> str | None:
     """Why ``network`` computes something else than its structure says, or ``None``."""
     try:
         reading = TailReading(network)
@@ -117,8 +118,8 @@ def unreadable_tail(network: nn.Module) -> str | None:
         return "it has no convolution of an image, or weights without values"
 
     def computes(x: Tensor) -> Tensor:
-        y = network.trunk(x)  # type: ignore[operator]
-        return reference.norm_pool_linear(y, *tensors, **reading.spec)  # type: ignore[arg-type]
+        y = network.trunk(x)
+        return reference.norm_pool_linear(y, *tensors, **reading.spec)
 
     image = torch.randn(1, first.shape[1], 33, 33, generator=torch.Generator().manual_seed(0))
     return disagreement(network, image.to(first), computes, "norm, mean and head of its trunk")

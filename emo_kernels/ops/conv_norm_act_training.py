@@ -78,16 +78,16 @@ class _Stem(torch.autograd.Function):
 
 
 def _forward(
-    plan: StemPlan, x: Tensor, weight: Tensor, bias: Tensor | None, *norm: Tensor | None
+    plan: StemPlan, x: Tensor, weight: Tensor, bias: Tensor | None, *norm: Any
 ) -> tuple[Tensor, Tensor, Statistics]:
     """The output, what the convolution gave, and the batch norm as it ran on it."""
     if plan.norm.batch_statistics:
         y, sums = conv_norm_act_statistics(x, weight, bias, norm[2], *plan.step, plan.backend)
-        ran = batch_norm.measured(sums, y, norm, plan.eps, plan.norm, plan.backend)  # type: ignore[arg-type]
+        ran = batch_norm.measured(sums, y, norm, plan.eps, plan.norm, plan.backend)
     else:
         options = (*plan.step, plan.eps, "none", plan.backend)
         y = conv_norm_act_forward(x, weight, bias, *_NO_NORM, *options)
-        ran = batch_norm.known(y, norm, plan.eps)  # type: ignore[arg-type]
+        ran = batch_norm.known(y, norm, plan.eps)
     # Behind the centred map comes the bias itself: no shift that cancels a large mean.
     scale, shift, mean, invstd = ran.affine
     bias = torch.zeros_like(shift) if norm[1] is None else norm[1].to(shift.dtype)
