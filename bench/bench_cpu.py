@@ -30,13 +30,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from emo_kernels.cli.info import one_line
-from emo_kernels.cli.progress import Progress
 from emo_kernels.measure.case import Case
 from emo_kernels.measure.charts import draw_all
 from emo_kernels.measure.child import measure_in_child
 from emo_kernels.measure.engines import check_peers
 from emo_kernels.measure.growth import growth_cases
+from emo_kernels.measure.machine import one_line
+from emo_kernels.measure.progress import Progress
 from emo_kernels.measure.results import Results
 from emo_kernels.measure.row import Row
 from emo_kernels.measure.tables import text, verdict

@@ -221,8 +221,8 @@ def requested(backend: str | None) -> str | None:
 
 def places_of_request() -> list[tuple[dict[Any, Any], Any]]:
     """Where :func:`requested` looks, beside its argument."""
-    variables = os.environ
-    return [(globals(), "_used"), (variables._data, variables.encodekey(ENVIRONMENT_VARIABLE))]  # type: ignore[attr-defined]
+    variables: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # has no public name
+    return [(globals(), "_used"), (variables, os.environ.encodekey(ENVIRONMENT_VARIABLE))]
 
 
 def why_not(name: str, operator: str, device: str, *args: Any, **options: Any) -> str | None:

@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def constant_under_compile(function: F) -> F:
     """What ``torch.compiler.assume_constant_result`` does, without importing dynamo (1 s)."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # dynamo's
     return function
 
 

@@ -54,7 +54,7 @@ def na2d(
 @pytest.fixture
 def natten(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("natten")
-    module.na2d = na2d  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "na2d", na2d, raising=False)
     monkeypatch.setitem(sys.modules, "natten", module)
 
 

@@ -16,8 +16,9 @@ import emo_kernels
 from emo_kernels import available_backends, create_backbone, create_model, save_checkpoint
 from emo_kernels.__main__ import COMMANDS, main
 from emo_kernels.backends import only_by_name
-from emo_kernels.cli import check, check_cases, demo, files, images, options
-from emo_kernels.cli.pairs import compare
+from emo_kernels.cli import check, check_cases, demo, images, options
+from emo_kernels.measure.files import write_atomically, write_json
+from emo_kernels.measure.pairs import compare
 
 # A model small enough for a test, with both kinds of block.
 TINY = ["depths=(1,1,2,1)", "dims=(16,24,40,42)", "dim_heads=(8,8,20,21)", "stem_dim=8"]
@@ -215,13 +216,13 @@ def test_demo_names_every_disagreement() -> None:
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "numbers.json"
-    files.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
 
     def fail(file: object) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        files.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in path.parent.iterdir()] == ["numbers.json"]
 

@@ -159,7 +159,7 @@ def test_numerical_differentiation(backend: str, row: Row, which: str) -> None:
     batch = STATISTICS[which]
     case = training_case(row, batch=batch)
     names = case.differentiable()
-    values = [case.tensors[n].clone().requires_grad_() for n in names]  # type: ignore[union-attr]
+    values = [case.tensors[n].clone().requires_grad_() for n in names]
 
     def step(*given: Tensor) -> Tensor:
         tensors = {**case.tensors, **dict(zip(names, given, strict=True))}

@@ -30,8 +30,6 @@ from typing import Any
 
 import torch
 
-from emo_kernels.cli.files import write_atomically
-from emo_kernels.cli.info import one_line
 from emo_kernels.cli.options import (
     add_runtime,
     add_settings,
@@ -40,12 +38,14 @@ from emo_kernels.cli.options import (
     settings,
     use_runtime,
 )
-from emo_kernels.cli.progress import Progress
 from emo_kernels.measure import results, tables
 from emo_kernels.measure.case import DTYPES, MODES, Case
 from emo_kernels.measure.child import measure_in_child
 from emo_kernels.measure.engines import check_peers
+from emo_kernels.measure.files import write_atomically
 from emo_kernels.measure.growth import growth_cases, steps
+from emo_kernels.measure.machine import one_line
+from emo_kernels.measure.progress import Progress
 from emo_kernels.measure.results import Results
 from emo_kernels.measure.row import Row
 from emo_kernels.models import create_model

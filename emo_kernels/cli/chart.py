@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from emo_kernels.cli.files import write_atomically
+from emo_kernels.measure.files import write_atomically
 
 _INK, _FAINT = "#24292f", "#8c959f"
 _COLOURS = {"plain": "#8c959f", "plain, channels_last": "#57606a", "accelerated": "#d1570b"}

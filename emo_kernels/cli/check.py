@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from emo_kernels.backends import available_backends, only_by_name
-from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.check_cases import CASES, Case
-from emo_kernels.cli.info import one_line
 from emo_kernels.cli.options import add_json, print_json
-from emo_kernels.cli.pairs import Agreement, calibrate_batch_norm, compare
-from emo_kernels.cli.progress import Progress
 from emo_kernels.explain import format_table
+from emo_kernels.measure.backend_use import accelerate_quietly
+from emo_kernels.measure.machine import one_line
+from emo_kernels.measure.pairs import Agreement, calibrate_batch_norm, compare
+from emo_kernels.measure.progress import Progress
 from emo_kernels.models import create_model
 
 _MODELS = ("emo_1m", "emo2_1m")

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from emo_kernels.cli import chart, demo_digits, demo_photo
-from emo_kernels.cli.backend_use import backend_use, describe
-from emo_kernels.cli.files import write_json
 from emo_kernels.cli.images import normalized
-from emo_kernels.cli.info import machine, one_line
 from emo_kernels.cli.options import add_json, add_runtime, print_json, use_runtime
 from emo_kernels.explain import format_table
+from emo_kernels.measure.backend_use import backend_use, describe
+from emo_kernels.measure.files import write_json
+from emo_kernels.measure.machine import machine, one_line
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.digits import Digits
-from emo_kernels.cli.progress import Progress
 from emo_kernels.cli.training import Recipe, Trainer
+from emo_kernels.measure.backend_use import accelerate_quietly
+from emo_kernels.measure.progress import Progress
 from emo_kernels.measure.timing import seconds_of
 from emo_kernels.models import create_model
 

@@ -13,9 +13,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from emo_kernels.cli.images import centre_crop, normalized, open_photo, random_crop
-from emo_kernels.cli.pairs import VARIANTS, Pair, build_pair, compare_pair, variants
-from emo_kernels.cli.progress import Progress
 from emo_kernels.measure.memory import peak_megabytes
+from emo_kernels.measure.pairs import VARIANTS, Pair, build_pair, compare_pair, variants
+from emo_kernels.measure.progress import Progress
 from emo_kernels.measure.timing import Timing, take_turns
 
 MODEL = "emo_5m"

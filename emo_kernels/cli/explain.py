@@ -7,7 +7,6 @@ import json
 
 import torch
 
-from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.options import (
     add_json,
     add_model,
@@ -19,6 +18,7 @@ from emo_kernels.cli.options import (
     use_runtime,
 )
 from emo_kernels.explain import explain
+from emo_kernels.measure.backend_use import accelerate_quietly
 from emo_kernels.models import create_model
 
 

@@ -15,8 +15,8 @@ import onnxscript
 import torch
 from torch import Tensor, nn
 
-from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.options import add_json, add_model, add_size, input_shape, print_json, settings
+from emo_kernels.measure.backend_use import accelerate_quietly
 from emo_kernels.models import create_model, load_checkpoint
 
 _TOLERANCE = 1e-4  # of the largest logit; an honest fp32 runtime is at 1e-6

@@ -19,7 +19,6 @@ import torch
 from torch.autograd.profiler import emit_nvtx
 from torch.profiler import ProfilerActivity, profile
 
-from emo_kernels.cli.info import one_line
 from emo_kernels.cli.options import (
     add_model,
     add_runtime,
@@ -28,9 +27,10 @@ from emo_kernels.cli.options import (
     settings,
     use_runtime,
 )
-from emo_kernels.cli.pairs import build_pair, noise_images
 from emo_kernels.measure import breakdown, operators
 from emo_kernels.measure.limits import machine_limits
+from emo_kernels.measure.machine import one_line
+from emo_kernels.measure.pairs import build_pair, noise_images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

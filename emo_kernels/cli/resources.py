@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from emo_kernels.accelerate import find_blocks
 from emo_kernels.cli.options import image_size, print_json, settings
-from emo_kernels.cli.progress import Progress
 from emo_kernels.explain import format_table
 from emo_kernels.measure.case import DTYPES
+from emo_kernels.measure.progress import Progress
 from emo_kernels.models import create_model
 from emo_kernels.ops.irmb_step import Plan
 from emo_kernels.ops.irmb_training import irmb_training
@@ -124,8 +124,8 @@ def step(layer: Layer, dtype: torch.dtype, mode: BatchNormMode) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    headers = ("kernel", "arch", "model", "block", "grid", "warps", "stages", "regs", "spills")
-    headers += ("shared", "blocks", "occupancy", "limit", "tensor cores", "MB", "fault")  # type: ignore[assignment]
+    headers = ["kernel", "arch", "model", "block", "grid", "warps", "stages", "regs", "spills"]
+    headers += ["shared", "blocks", "occupancy", "limit", "tensor cores", "MB", "fault"]
     lines = [
         (
             row["kernel"],

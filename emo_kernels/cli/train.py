@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-from emo_kernels.cli.backend_use import accelerate_quietly
 from emo_kernels.cli.digits import Digits
-from emo_kernels.cli.files import write_json
 from emo_kernels.cli.images import ImageFolder
 from emo_kernels.cli.options import (
     add_json,
@@ -27,9 +25,11 @@ from emo_kernels.cli.options import (
     settings,
     use_runtime,
 )
-from emo_kernels.cli.progress import Progress
 from emo_kernels.cli.training import Dataset, Recipe, Trainer, read_training_state
 from emo_kernels.explain import format_table
+from emo_kernels.measure.backend_use import accelerate_quietly
+from emo_kernels.measure.files import write_json
+from emo_kernels.measure.progress import Progress
 from emo_kernels.models import create_model, save_checkpoint
 
 

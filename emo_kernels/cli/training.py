@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from emo_kernels.cli.files import write_atomically
+from emo_kernels.measure.files import write_atomically
 
 
 class Dataset(Protocol):

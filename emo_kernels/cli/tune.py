@@ -23,13 +23,14 @@ import torch
 from torch.nn import functional as F
 
 from emo_kernels.backends import unavailable
-from emo_kernels.cli.backend_use import accelerate_quietly
-from emo_kernels.cli.files import write_json
-from emo_kernels.cli.info import one_line
 from emo_kernels.cli.options import add_json, add_settings, add_size, input_shape, print_json
 from emo_kernels.cli.options import settings as model_settings
-from emo_kernels.cli.progress import Progress
 from emo_kernels.explain import format_table
+from emo_kernels.measure.backend_use import accelerate_quietly
+from emo_kernels.measure.files import write_json
+from emo_kernels.measure.machine import one_line
+from emo_kernels.measure.pairs import channels_last
+from emo_kernels.measure.progress import Progress
 from emo_kernels.models import create_model
 
 if TYPE_CHECKING:
@@ -95,8 +96,7 @@ def run_model(
     """
     torch.manual_seed(0)
     model = create_model(name, **{"in_chans": shape[1], **fields}).to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    accelerate_quietly(model.train(mode == "train"), "triton")
+    accelerate_quietly(channels_last(model).train(mode == "train"), "triton")
     x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if mode == "infer":

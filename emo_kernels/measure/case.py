@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from emo_kernels.cli.pairs import calibrate_batch_norm, noise_images
+from emo_kernels.measure.pairs import calibrate_batch_norm, noise_images
 from emo_kernels.models import create_model
 from emo_kernels.models.macs import count_macs
 
@@ -132,7 +132,6 @@ class Work:
     @cached_property
     def onnx(self) -> bytes:
         """The model as ONNX in fp32."""
-        buffer = io.BytesIO()
         silenced, sys.stdout = sys.stdout, io.StringIO()  # the exporter prints its progress
         logging.disable(logging.WARNING)  # and that torchvision is not installed
         try:
@@ -142,8 +141,7 @@ class Work:
             sys.stdout = silenced
             logging.disable(logging.NOTSET)
         assert program is not None
-        program.save(buffer)  # type: ignore[arg-type]
-        return buffer.getvalue()
+        return program.model_proto.SerializeToString()
 
     def digest(self) -> str:
         """Of everything that the exact result depends on but the code."""

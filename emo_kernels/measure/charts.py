@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from emo_kernels.cli.files import write_atomically
 from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.files import write_atomically
 from emo_kernels.measure.growth_chart import growth
 from emo_kernels.measure.results import milliseconds
 from emo_kernels.measure.roofline_chart import of_blocks, of_suite

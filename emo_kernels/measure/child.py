@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from emo_kernels.cli.files import write_json
 from emo_kernels.measure.case import Case
 from emo_kernels.measure.engines import is_out_of_memory, short
+from emo_kernels.measure.files import write_json
 from emo_kernels.measure.row import Row, measure
 
 _PR_SET_PDEATHSIG = 1  # of prctl.h

@@ -22,6 +22,7 @@ from emo_kernels.accelerate import accelerate
 from emo_kernels.explain import explain
 from emo_kernels.measure.case import Case, Work
 from emo_kernels.measure.gpu_peers import attend_with_natten, captured
+from emo_kernels.measure.pairs import channels_last
 
 OURS = "emo_kernels"
 # Engines that no environment variable limits to an instruction set.
@@ -172,7 +173,7 @@ def _ours(work: Work, backend: str | None) -> Engine:
 
 
 def _channels_last(work: Work) -> nn.Module:
-    return work.copy().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return channels_last(work.copy())
 
 
 def _torch_engine(

@@ -63,6 +63,7 @@ def attend_with_natten(model: nn.Module) -> nn.Module:
         return sums[0] if len(sums) == 1 else sums[0] + sums[1]
 
     for block in blocks:
+        # of this copy alone: the class keeps its own
         block._attend = types.MethodType(attend, block)  # type: ignore[method-assign]
     return model
 

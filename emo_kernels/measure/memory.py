@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emo_kernels.cli.pairs import forward_of
+from emo_kernels.measure.pairs import forward_of
 from emo_kernels.models import create_model
 
 _LARGE_BLOCK = 64 * 1024  # bytes
@@ -49,7 +49,7 @@ def peak_megabytes(
         model: the plain model, for its weights.
         name, settings: what :func:`create_model` made it from.
         inputs: (N, C, H, W) each; run from the smallest to the largest.
-        variant: one of :data:`emo_kernels.cli.pairs.VARIANTS`.
+        variant: one of :data:`emo_kernels.measure.pairs.VARIANTS`.
         backend: of the accelerated variant.
     """
     order = sorted(range(len(inputs)), key=lambda i: inputs[i].numel())

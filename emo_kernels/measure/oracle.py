@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from emo_kernels.cli.files import write_atomically
-from emo_kernels.cli.pairs import compare
 from emo_kernels.measure.case import Work
 from emo_kernels.measure.engines import OURS, Engines, short
+from emo_kernels.measure.files import write_atomically
+from emo_kernels.measure.pairs import compare
 
 _PACKAGE = Path(__file__).parents[1]
 _CODE = ("reference", "nn", "models", "spec.py", "measure/case.py", "measure/oracle.py")

@@ -6,8 +6,8 @@ import html
 from pathlib import Path
 from typing import Any
 
-from emo_kernels.cli.files import write_atomically
 from emo_kernels.measure.charts import draw_all, draw_suite
+from emo_kernels.measure.files import write_atomically
 from emo_kernels.measure.growth import steps
 from emo_kernels.measure.results import read, suite
 from emo_kernels.measure.tables import cells, engines_of, headers

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from emo_kernels.cli.files import write_json
-from emo_kernels.cli.info import machine
 from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.files import write_json
+from emo_kernels.measure.machine import machine
 from emo_kernels.measure.row import Row
 from emo_kernels.measure.timing import METHOD
 

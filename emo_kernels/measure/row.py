@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from emo_kernels.cli.progress import Progress
 from emo_kernels.measure.case import Case, Work
 from emo_kernels.measure.engines import (
     OURS,
@@ -24,6 +23,7 @@ from emo_kernels.measure.limits import better, machine_limits
 from emo_kernels.measure.memory import added_megabytes, saved_megabytes
 from emo_kernels.measure.noise import Noise, complaints
 from emo_kernels.measure.oracle import in_words, judge
+from emo_kernels.measure.progress import Progress
 from emo_kernels.measure.timing import Timing, median_interval, pinned, take_turns
 
 Row = dict[str, Any]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from emo_kernels.cli.progress import Progress
+from emo_kernels.measure.progress import Progress
 
 _TURN = 0.04  # seconds: a shorter call is repeated within a turn
 _MOST = 25  # calls of a turn

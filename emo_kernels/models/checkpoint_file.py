@@ -15,7 +15,7 @@ try:
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save
 except ImportError:  # optional: only files of that kind need it
-    load_file = save = None  # type: ignore[assignment]
+    load_file = save = None  # type: ignore[assignment]  # each use asks first
 
 # Where training programs put the weights. Averaged weights come first: the published accuracies
 # are theirs wherever a file has both.

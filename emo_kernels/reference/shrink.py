@@ -98,8 +98,8 @@ def shrink_backward(
         return gradients(shrink, tensors, grad, needed)
     z = normalize(y, affine[0], affine[1], norm="affine", eps=0.0)
 
-    def behind_the_norm(z: Tensor, *others: Tensor | None) -> Tensor:
-        return shrink(z, others[0], None, None, *others[1:])  # type: ignore[arg-type]
+    def behind_the_norm(z: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
+        return shrink(z, weight, None, None, *others)
 
     wanted = (True, needed[1], *needed[4:])
     inner = (z, weight, local, residual, gate, drop_scale)

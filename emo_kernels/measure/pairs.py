@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from emo_kernels.cli.backend_use import accelerate_quietly
+from emo_kernels.measure.backend_use import accelerate_quietly
 from emo_kernels.models import create_model
 
 # What is timed and measured: a plain model in both memory formats is compared with, so that a
@@ -91,15 +91,21 @@ def forward_of(variant: str, model: nn.Module, backend: str | None) -> Callable[
         return accelerate_quietly(model, backend)
     if variant == "plain":
         return model
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last(model)
     return lambda x: model(x.contiguous(memory_format=torch.channels_last))
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """``model`` with its weights in that memory format, in place."""
+    # torch documents the keyword, and leaves it out of the overloads it declares.
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def variants(pair: Pair, x: Tensor) -> dict[str, Callable[[], Tensor]]:
     """The calls to compare on ``x``, one for each of :data:`VARIANTS`."""
-    channels_last = forward_of("plain, channels_last", copy.deepcopy(pair.plain), None)
+    other = forward_of("plain, channels_last", copy.deepcopy(pair.plain), None)
     forwards: tuple[Callable[[Tensor], Tensor], ...]
-    forwards = (pair.plain, channels_last, pair.accelerated)
+    forwards = (pair.plain, other, pair.accelerated)
     return {name: partial(call, x) for name, call in zip(VARIANTS, forwards, strict=True)}
 
 
