@@ -22,6 +22,14 @@ SHARE = (
     "test_irmb_cpu.py::test_layouts_change_nothing",
     "test_irmb_cpu.py::test_the_entry_point_checks_what_it_relies_on",
     "test_irmb_training_cpu.py",
+    "test_norm_pool_linear.py::TestNormPoolLinear::test_forward",
+    "test_norm_pool_linear.py::TestNormPoolLinear::test_layouts_of_maps_and_weights",
+    "test_norm_pool_linear.py::TestNormPoolLinear::test_memory_nobody_wrote_is_not_read",
+    "test_conv_norm_act.py::TestConvNormAct::test_forward",
+    "test_conv_norm_act.py::TestConvNormAct::test_layouts_of_maps_and_weights",
+    "test_conv_norm_act_training.py::test_a_step_on_kernels",
+    "test_conv_norm_act_training.py::test_every_instruction_set",
+    "test_conv_norm_act_training.py::test_random_stems",
 )
 LARGE = ("5m_", "1m_stage1", "1m_stage2", "wide_", "v2_")  # rows whose small kin are in the share
 
@@ -75,7 +83,7 @@ def main(build: Path, arguments: list[str]) -> int:
     assert_sanitizers_work(build)
     import pytest
 
-    left_out = " or ".join(LARGE)
+    left_out = " or ".join((*LARGE, "reference"))  # which has no code of ours
     share = [*(str(HERE / name) for name in SHARE), "-m", "not slow", "-k", f"not ({left_out})"]
     return pytest.main([*(arguments or share), "-q", "-x", "-p", "no:cacheprovider"])
 

@@ -9,7 +9,7 @@ import torch
 from cases import integers
 from fuzz import FuzzContract
 from grid import over
-from numerics import Case, run
+from numerics import Case, Layouts, run
 from rejects import RejectContract, spoiled, without
 from shapes import Row
 from torch import Tensor
@@ -48,6 +48,12 @@ class TestConvNormAct(TransformContract, RejectContract, FuzzContract):
         ):
             here = [name for name in absent if name in case.tensors]
             self.check(backend, without(case, *here), dtype, name=f"without {here}")
+
+    @over("few", dtypes=("fp32", "fp64", "bf16"))
+    def test_vectors_may_be_strided(self, backend: str, row: Row, dtype: torch.dtype) -> None:
+        """torch's own gradient of a batch norm is wrong then, on a channels_last map."""
+        layouts = Layouts(maps="channels_last", weights="strided", grad="channels_last")
+        self.check(backend, self.case(row), dtype, layouts=layouts)
 
     @over("stem_small", "stem_no_bias", dtypes=("fp32", "fp64", "bf16"))
     def test_eps_is_obeyed(self, backend: str, row: Row, dtype: torch.dtype) -> None:

@@ -11,9 +11,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from emo_kernels.reference.gradients import channel_sums, gradients
 from emo_kernels.spec import activate
+
+
+def batch_norm(
+    x: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Batch norm of x by mean and variance, the batch's where they are ``None``, and its affine."""
+    # torch 2.13's backward on channels_last maps reads past vectors that are strided.
+    vectors = (t if t is None else t.contiguous() for t in (mean, var, weight, bias))
+    mean, var, weight, bias = vectors
+    return F.batch_norm(x, mean, var, weight, bias, training=mean is None, eps=eps)
 
 
 def batch_norm_sums(x: Tensor, pivot: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emo_kernels.reference.batch_norm import (
+    batch_norm,
     batch_norm_activate_grad,
     batch_norm_backward,
     batch_norm_sums,
@@ -52,9 +53,9 @@ def conv_norm_act(
     """
     y = F.conv2d(x, weight, bias, stride, padding, dilation)
     if batch_statistics:
-        y = F.batch_norm(y, None, None, norm_weight, norm_bias, True, 0.0, eps)
+        y = batch_norm(y, None, None, norm_weight, norm_bias, eps)
     elif norm_mean is not None:
-        y = F.batch_norm(y, norm_mean, norm_var, norm_weight, norm_bias, False, 0.0, eps)
+        y = batch_norm(y, norm_mean, norm_var, norm_weight, norm_bias, eps)
     return activate(y, act)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emo_kernels.reference.batch_norm import batch_norm
 from emo_kernels.reference.depthwise_conv2d import depthwise_conv2d
 from emo_kernels.reference.expand import expand, normalize
 from emo_kernels.reference.shrink import shrink
@@ -101,15 +100,7 @@ def _norm(x: Tensor, w: IRMBWeights, spec: IRMBSpec, batch_statistics: bool) -> 
     mean = var = None
     if not batch_statistics:
         mean, var = _present(w.norm_mean, "norm_mean"), _present(w.norm_var, "norm_var")
-    return _batch_norm(x, mean, var, w.norm_weight, w.norm_bias, spec.norm_eps)
-
-
-def _batch_norm(x: Tensor, *vectors_and_eps: Any) -> Tensor:
-    """Batch norm of x by mean and variance, the batch's where they are ``None``, and its affine."""
-    *vectors, eps = vectors_and_eps
-    # torch 2.13's backward on channels_last maps reads past vectors that are strided.
-    mean, var, weight, bias = (t if t is None else t.contiguous() for t in vectors)
-    return F.batch_norm(x, mean, var, weight, bias, training=mean is None, eps=eps)
+    return batch_norm(x, mean, var, w.norm_weight, w.norm_bias, spec.norm_eps)
 
 
 def _expand(h: Tensor, w: IRMBWeights, spec: IRMBSpec) -> Tensor:
@@ -156,7 +147,7 @@ def _convolve(
         u, w.dw_weight, stride=spec.stride, padding=spec.padding, dilation=spec.dilation
     )
     if batch_statistics:
-        return _batch_norm(y, None, None, w.bn_weight, w.bn_bias, spec.bn_eps), None, None
+        return batch_norm(y, None, None, w.bn_weight, w.bn_bias, spec.bn_eps), None, None
     return y, *_bn_affine(w, spec)
 
 
