@@ -29,6 +29,7 @@ def made_up(case: Case, ours: float = 10.0, peer: float = 20.0, **more: Any) -> 
         name: {
             **timing.Timing.of([t / 1e3] * 6)._asdict(),
             "samples": [t] * 6,
+            "probes": [2.0] * 6,
             "match": True,
             "error": 1e-6,
         }

@@ -187,8 +187,8 @@ def _measure_all(
             row = _measure(case, peers, seconds, args.backend, progress)
             interrupted = bool(row.get("interrupted"))
             if row.get("engines") or not interrupted:
-                for kept in (found, last):
-                    kept.put(row)
+                last.put(row)  # first: it knows how fast the machine was in other runs
+                found.put(last.row(row["name"]))
             if interrupted:
                 progress.say("interrupted: what was measured is kept")
                 return found, True

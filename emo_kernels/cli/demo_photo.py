@@ -97,7 +97,7 @@ def _measure(pair: Pair, x: Tensor, seconds: float, min_rounds: int) -> dict[str
             label=f"time {width} x {height}",
             min_rounds=min_rounds,
         )
-    timings = {name: Timing.of(seconds) for name, seconds in taken.items()}
+    timings = {name: Timing.of(turns.seconds) for name, turns in taken.items()}
     plain = min(t.median for name, t in timings.items() if name != "accelerated")
     return {
         "height": height,

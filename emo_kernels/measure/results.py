@@ -13,6 +13,7 @@ import torch
 from emo_kernels.measure.engines import OURS
 from emo_kernels.measure.files import write_json
 from emo_kernels.measure.machine import machine
+from emo_kernels.measure.noise import mark_slow
 from emo_kernels.measure.row import Row
 from emo_kernels.measure.timing import METHOD
 
@@ -45,7 +46,12 @@ class Results:
             self.rows[names.index(row["name"])] = row
         else:
             self.rows.append(row)
+        mark_slow(self.rows)
         self.save()
+
+    def row(self, name: str) -> Row:
+        """The row of this name."""
+        return next(row for row in self.rows if row["name"] == name)
 
     def save(self) -> None:
         """Write the file, if there is one."""

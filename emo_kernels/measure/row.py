@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,8 +22,11 @@ from emo_kernels.measure.limits import better, machine_limits
 from emo_kernels.measure.memory import added_megabytes, saved_megabytes
 from emo_kernels.measure.noise import Noise, complaints
 from emo_kernels.measure.oracle import in_words, judge
+from emo_kernels.measure.pinning import pinned
+from emo_kernels.measure.probe import Probe
 from emo_kernels.measure.progress import Progress
-from emo_kernels.measure.timing import Timing, median_interval, pinned, take_turns
+from emo_kernels.measure.ratio import CALM, calm_seconds, contenders, ratios, usual
+from emo_kernels.measure.timing import Timing, Turns, take_turns
 
 Row = dict[str, Any]
 _LIMITS_AGAIN = 5.0  # seconds of timing: limits are measured after a row that long, too
@@ -87,17 +89,32 @@ def _timed(engines: Engines, case: Case, seconds: float) -> Row:
     with pinned(case.threads):
         limits = machine_limits(device)
         noise = Noise()
-        calls = {name: engine.call for name, engine in engines.run.items()}
-        taken = take_turns(calls, seconds=seconds, device=device, label=case.name, on_failure=drop)
+        taken = take_turns(
+            {name: engine.call for name, engine in engines.run.items()},
+            seconds=seconds,
+            device=device,
+            label=case.name,
+            probe=Probe(device),
+            goes_on=lambda taken: contenders(taken, OURS, _rivals(taken, case)),
+            on_failure=drop,
+        )
         row: Row = {"noise": noise.report()}
         if seconds >= _LIMITS_AGAIN:
             limits = better(limits, machine_limits(device))
+    limit = CALM * usual(taken)
     entries = {
-        name: Timing.of(times)._asdict()
-        | {"samples": [round(1e3 * t, 4) for t in times], "note": engines.run[name].note}
-        for name, times in taken.items()
+        name: Timing.of(calm_seconds(turns, limit))._asdict()
+        | {"samples": [round(1e3 * t, 4) for t in turns.seconds]}
+        | {"probes": [round(1e3 * t, 4) for t in turns.probes], "note": engines.run[name].note}
+        for name, turns in taken.items()
     }
-    return row | {"limits": limits, "engines": entries}
+    return row | {"limits": limits, "engines": entries, "probe": round(1e3 * usual(taken), 4)}
+
+
+def _rivals(engines: Collection[str], case: Case) -> list[str]:
+    """Whom ours is compared with: not what an instruction set cannot be taken from."""
+    left_out = (OURS, *(UNLIMITED if case.isa else ()))
+    return [name for name in engines if name not in left_out]
 
 
 def _memory_of(engine: Engine, work: Work) -> Row:
@@ -115,29 +132,20 @@ def _memory_of(engine: Engine, work: Work) -> Row:
 
 
 def _summary(row: Row, case: Case) -> Row:
-    """Ours against the best peer, and whether to believe it.
-
-    A peer's ratio is the median over rounds of its time over ours in the same round: what slows
-    a round down slows both.
-    """
+    """Ours against the best peer, and whether to believe it."""
     engines: dict[str, Row] = row["engines"]
     if OURS not in engines:
         return {}
-    ours, summary = engines[OURS], Row()
-    left_out = UNLIMITED if case.isa else ()
-    each = {
-        name: [p / o for p, o in zip(peer["samples"], ours["samples"], strict=True)]
-        for name, peer in engines.items()
-        if name != OURS and name not in left_out
-    }
-    if each:
-        best = min(each, key=lambda name: statistics.median(each[name]))
-        low, high = median_interval(each[best])
-        summary |= {"best_peer": best, "ratio": statistics.median(each[best])}
-        summary |= {"ratio_low": low, "ratio_high": high}
-    deciding = [OURS, *([summary["best_peer"]] if each else [])]
-    spreads = {name: engines[name]["p90"] / engines[name]["median"] for name in deciding}
-    return summary | {"noisy": complaints(row["noise"], spreads)}
+    turns = {name: Turns(entry["samples"], entry["probes"]) for name, entry in engines.items()}
+    found, summary = ratios(turns, OURS, _rivals(engines, case)), Row()
+    name, best = next(iter(found.items()), (None, None))
+    if best is not None:
+        low, high = best.interval
+        summary |= {"best_peer": name, "ratio": best.median, "ratio_low": low, "ratio_high": high}
+        summary |= {"rounds": best.rounds, "calm_rounds": best.calm}
+    deciding = [OURS] if name is None else [OURS, name]
+    spreads = {one: engines[one]["p90"] / engines[one]["median"] for one in deciding}
+    return summary | {"noisy": complaints(row["noise"], spreads, best, turns[OURS].probes)}
 
 
 def _memory(work: Work, peers: Sequence[str], backend: str | None) -> Row:

@@ -1,14 +1,10 @@
-"""Fair timing: engines take turns in one process, and a median with its spread is reported."""
+"""Fair timing: engines take turns in one process, with a reference workload between the turns."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,12 +15,17 @@ _TURN = 0.04  # seconds: a shorter call is repeated within a turn
 _MOST = 25  # calls of a turn
 _LONG = 0.25  # seconds: a call this long needs no uncounted one in front of it
 METHOD = (
-    "Engines take turns in one process, in an order that rotates, after each agreed with an fp64 "
-    "oracle. A turn is a pause of 20 ms, a call that warms up and is not counted, and the median "
-    f"of up to {_MOST} calls; the call that built the engine and the one that was judged came "
-    "before. Inputs rotate through copies, so that none is found in the caches. Threads are kept "
-    "on as many processors. A median's interval holds it in 95 % of such runs; a ratio is the "
-    "median over rounds of one engine's time over the other's in the same round."
+    "Engines take turns in one process, after each agreed with an fp64 oracle, in an order in "
+    "which each follows each other equally often. A turn is a pause of 20 ms, a call that "
+    f"warms up and is not counted, and the median of up to {_MOST} calls; the call that built "
+    "the engine and the one that was judged came before. Between turns a small product and a "
+    "copy are timed, the reference workload: a turn beside one that took over 1.25 times its "
+    "usual time does not count, whatever the engine did in it. Inputs rotate through copies, "
+    "so that none is found in the caches. Threads are kept on as many processors. A ratio is "
+    "the median over rounds of one engine's time over the other's in the same round, its "
+    "interval holds it in 95 % of such runs. Peers that are far behind stop early, and all do "
+    "when the ratio to the best is known to 1 %. Noisy is a row whose machine was busy, slow "
+    "or changing, or whose ratio is known to no better than 3 %."
 )
 Clock = Callable[[], float]
 
@@ -72,38 +73,17 @@ def median_interval(values: list[float], confidence: float = 0.95) -> tuple[floa
     return ordered[cut], ordered[n - 1 - cut]
 
 
-@contextmanager
-def pinned(cores: int) -> Iterator[None]:
-    """Keep every thread of the process on ``cores`` of its processors, the last ones.
+class Turns(NamedTuple):
+    """One engine's turns, a value for each round.
 
-    Each a core of its own where there are as many. The first processor serves most interrupts.
-    Nothing happens where the system cannot pin, or has no more processors than that.
+    Attributes:
+        seconds: of a call.
+        probes: seconds of the reference workload, the slower of the two around the turn; empty
+            without one.
     """
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    if len(allowed) <= cores:
-        yield
-        return
-    _keep_threads_on(set(_spread(sorted(allowed))[-cores:]))
-    try:
-        yield
-    finally:
-        _keep_threads_on(allowed)
 
-
-def _spread(processors: list[int]) -> list[int]:
-    """Second threads of a core first, so that the end of the list has one of each core."""
-    seen: dict[str, int] = {}
-    for processor in reversed(processors):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
-        seen.setdefault(siblings.read_text() if siblings.exists() else str(processor), processor)
-    alone = sorted(seen.values())
-    return [p for p in processors if p not in alone] + alone
-
-
-def _keep_threads_on(processors: set[int]) -> None:
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):  # it ended
-            os.sched_setaffinity(int(thread), processors)
+    seconds: list[float]
+    probes: list[float]
 
 
 def seconds_of(
@@ -129,15 +109,16 @@ def take_turns(
     max_rounds: int = 200,
     pause: float = 0.02,
     clock: Clock = time.perf_counter,
+    probe: Callable[[], float] | None = None,
+    goes_on: Callable[[dict[str, Turns]], Collection[str]] | None = None,
     on_failure: Callable[[str, Exception], None] | None = None,
-) -> dict[str, list[float]]:
+) -> dict[str, Turns]:
     """Seconds of every engine in every round, so that a busy moment hits all alike.
 
-    The order rotates, A B C, B C A, …, for what an engine leaves in the caches and in the clock
-    frequency to reach each of the others. Each turn begins with a pause, for the threads of the
-    engine before (which spin for a while) to go to sleep, and with a call that is not counted, for
-    caches to fill; then short calls are repeated, and their median is the round's. Ctrl-C ends the
-    last round: what is there is returned.
+    Each turn begins with a pause, for the threads of the engine before (which spin for a while) to
+    go to sleep, and with a call that is not counted, for caches to fill; then short calls are
+    repeated, and their median is the round's. Ctrl-C ends the last round: what is there is
+    returned.
 
     Args:
         calls: name -> call without arguments, warmed up.
@@ -147,43 +128,80 @@ def take_turns(
         min_rounds, max_rounds: limits on the number of rounds; past twice ``seconds``, three do.
         pause: seconds.
         clock: seconds that pass.
+        probe: a reference workload that tells its seconds, run between turns.
+        goes_on: which engines take part in the next round, asked after each; none ends it all.
         on_failure: hears of an engine that raises, which then takes no more turns and is not in
             the result; without it the error is the caller's.
     """
     device = device or torch.device("cpu")
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    start, rounds = clock(), 0
+    taken = {name: Turns([], []) for name in calls}
+    playing, start, rounds = list(calls), clock(), 0
     with Progress(label, max_rounds, unit="round") as progress:
-        while rounds < max_rounds:
+        while rounds < max_rounds and playing:
             used = clock() - start
             if used >= seconds and (rounds >= min_rounds or (used >= 2 * seconds and rounds >= 3)):
                 break
-            turns = {}
             try:
-                for name in _rotated(list(taken), rounds):
-                    try:
-                        turns[name] = _turn(calls[name], device, pause, clock)
-                    except Exception as error:
-                        if on_failure is None:
-                            raise
-                        on_failure(name, error)
-                        del taken[name]
+                order = balanced_order(playing, rounds)
+                found, failed = _round(order, calls, device, pause, clock, probe, on_failure)
             except KeyboardInterrupt:
                 if not rounds:
                     raise
                 break
-            for name, turn in turns.items():
-                taken[name].append(turn)
+            for name in failed:
+                del taken[name]
+            for name, (turn, beside) in found.items():
+                taken[name].seconds.append(turn)
+                taken[name].probes.extend(beside)
             rounds += 1
+            left = set(taken) if goes_on is None else set(goes_on(taken))
+            playing = [name for name in playing if name in left & set(taken)]
             if rounds == 1:
                 progress.expect(_rounds_within(seconds, clock() - start, min_rounds, max_rounds))
             progress.advance()
     return taken
 
 
-def _rotated(names: list[str], by: int) -> list[str]:
-    start = by % max(len(names), 1)
-    return names[start:] + names[:start]
+def _round(
+    order: list[str],
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    pause: float,
+    clock: Clock,
+    probe: Callable[[], float] | None,
+    on_failure: Callable[[str, Exception], None] | None,
+) -> tuple[dict[str, tuple[float, list[float]]], list[str]]:
+    """A turn of each: seconds, and the slower probe of the two around it; and who failed."""
+    found: dict[str, tuple[float, list[float]]] = {}
+    failed = []
+    before = probe() if probe else 0.0
+    for name in order:
+        try:
+            turn = _turn(calls[name], device, pause, clock)
+        except Exception as error:
+            if on_failure is None:
+                raise
+            on_failure(name, error)
+            failed.append(name)
+            continue
+        time.sleep(pause / 2 if probe else 0.0)  # the engine's own threads are not its neighbours
+        after = probe() if probe else 0.0
+        found[name] = turn, ([max(before, after)] if probe else [])
+        before = after
+    return found, failed
+
+
+def balanced_order(names: list[str], by: int) -> list[str]:
+    """Names in the order of round ``by``: over some rounds each follows each other equally often.
+
+    What an engine leaves in the caches, in the clock frequency and in threads that still spin
+    then reaches all the others alike (Williams' design: 0, n - 1, 1, n - 2, ... shifted by one
+    each round; for an odd number also backwards).
+    """
+    n = len(names)
+    zigzag = [i // 2 if i % 2 == 0 else n - 1 - i // 2 for i in range(n)]
+    order = [names[(place + by) % n] for place in zigzag]
+    return order[::-1] if n % 2 and by // n % 2 else order
 
 
 def _rounds_within(seconds: float, first: float, fewest: int, most: int) -> int:
