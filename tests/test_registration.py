@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from emo_kernels import backends, ops, reference
 
@@ -187,3 +189,48 @@ def test_under_checkpointing_the_numbers_are_the_same(recorder: Recorder) -> Non
     assert recorder.calls == ["forward", "forward", "backward"]
     want = torch.autograd.grad(ops.depthwise_conv2d(x, weight).square().sum(), (x, weight))
     assert all(torch.equal(g, w) for g, w in zip(grads, want, strict=True))
+
+
+class _Seen(TorchDispatchMode):
+    """Notes the torch ops that pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Own(Tensor):
+    """A tensor of another class."""
+
+
+def kernel_call(x: Tensor, weight: Tensor) -> Any:
+    """The gradient's kernel as a step of the whole block calls it."""
+    operator = sys.modules["emo_kernels.ops.depthwise_conv2d"]
+    return operator.backward(x, x, weight, None, None, None, [True, False], 1, 1, 1, "cpu")[0]
+
+
+@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no compiled module")
+def test_a_step_calls_kernels_past_the_torch_op_only_where_nobody_watches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, weight = torch.randn(2, 3, 5, 5), torch.randn(3, 1, 3, 3)
+    want = kernel_call(x, weight)
+    with _Seen() as seen:
+        assert torch.equal(kernel_call(x, weight), want)
+    assert "emo_kernels.depthwise_conv2d_backward.default" in seen.names
+    with torch.profiler.profile() as profile:
+        assert torch.equal(kernel_call(x, weight), want)
+    assert "emo_kernels::depthwise_conv2d_backward" in {e.key for e in profile.key_averages()}
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.func.vmap(kernel_call, (0, None))(x[:, None], weight)
+    assert type(kernel_call(x, weight.as_subclass(_Own))) is _Own
+    monkeypatch.setattr(torch.ops.emo_kernels.depthwise_conv2d_backward.default, "_op", None)
+    assert torch.equal(kernel_call(x, weight), want)  # past it
+    with _Seen(), pytest.raises(TypeError):
+        kernel_call(x, weight)

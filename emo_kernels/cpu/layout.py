@@ -30,8 +30,8 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def pixels(x: Tensor) -> Tensor:
-    """(N, C, H, W) as the dense matrix (N, H, W, C) of its pixels; a copy only if need be."""
-    return x.permute(0, 2, 3, 1).contiguous()
+    """(N, C, H, W) with dense pixels, (N, H, W, C) in memory; a copy only if need be."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def strides(c: int, h: int, w: int) -> tuple[int, int, int, int]:

@@ -68,7 +68,7 @@ def window_attention(
         padding = _padded_value(v_bias, v_act, dtype)
     vectors = [layout.dense(t, dtype) for t in (qk_weight, qk_bias)]
     norms = [layout.dense(t, dtype) for t in (norm_weight, norm_bias)]
-    x = layout.pixels(x).permute(0, 3, 1, 2)
+    x = layout.pixels(x)
     pointers = layout.addresses(x, *vectors, v, padding, *norms, out)
     sizes = _sizes(x, m, head_dim, window_size, window_mode, norm)
     threads = torch.get_num_threads()

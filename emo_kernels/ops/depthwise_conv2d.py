@@ -27,7 +27,7 @@ _operator = Operator(
     shape=_output_shape,
     extras="Tensor? y, Tensor? coefficients, Tensor? local_grad",
 )
-forward, backward = _operator.op, _operator.backward_op
+forward, backward = _operator.forward, _operator.backward_op
 
 
 def _statistics(

@@ -30,7 +30,7 @@ _operator = Operator(
     "Tensor? residual",
     norm_at=_NORM_AT,
 )
-forward, backward = _operator.op, _operator.backward_op
+forward, backward = _operator.forward, _operator.backward_op
 
 
 def _maps(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:

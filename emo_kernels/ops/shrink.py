@@ -24,7 +24,7 @@ _operator = Operator(
     norm_at=2,
     identity_at=5,
 )
-forward, backward = _operator.op, _operator.backward_op
+forward, backward = _operator.forward, _operator.backward_op
 
 
 def _statistics(y: Tensor, weight: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ _operator = Operator(
     extras="Tensor? affine, Tensor? residual",
     norm_at=5,
 )
-forward, backward = _operator.op, _operator.backward_op
+forward, backward = _operator.forward, _operator.backward_op
 
 
 def check_heads(operator: str, c: int, m: int | None, head_dim: int) -> None:
