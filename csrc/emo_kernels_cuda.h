@@ -60,39 +60,33 @@ struct ExpandDepthwiseCall {
   Target target;
 };
 
-// As cpu::IRMBCall without attention, squeeze-excite and fp64: what is expanded, x, and what is
-// added to the result, residual, are maps of their own.
+// As cpu::IrmbCall without fp64 and attention over the expansion, in windows of one kind.
 struct IRMBCall {
   DType dtype = DType::kFloat32;
-  const void *x = nullptr, *residual = nullptr;        // (N, H, W, C), (N, Ho, Wo, O) or null
+  const void* x = nullptr;                             // (N, H, W, C)
   void* out = nullptr;                                 // (N, Ho, Wo, O)
   Vector norm_weight, norm_bias, norm_mean, norm_var;  // (C,)
-  Vector v_weight, v_bias, dw_weight;                  // (M, C), (M,), (M, K, K)
+  Vector qk_weight, qk_bias;                           // (2 C, C) or absent, (2 C,)
+  Vector v_weight, v_bias, dw_weight;                  // (M, C) or absent, (M,), (M, K, K)
   Vector bn_weight, bn_bias, bn_mean, bn_var;          // (M,)
+  Vector se_reduce_weight, se_reduce_bias;             // (R, M), (R,)
+  Vector se_expand_weight, se_expand_bias;             // (M, R), (M,)
   Vector proj_weight, gamma;                           // (O, M), (O,)
-  int64_t N = 0, C = 0, H = 0, W = 0, M = 0, O = 0, K = 0, stride = 1, padding = 0, dilation = 1;
+  int64_t N = 0, C = 0, H = 0, W = 0, M = 0, O = 0, K = 0, R = 0;  // R 0: no squeeze-excite
+  int64_t stride = 1, padding = 0, dilation = 1;
+  int64_t head_dim = 0, window_size = 0;  // 0: no attention; <= 0: the whole map
+  Windows windows = Windows::kGrid;
   Norm norm = Norm::kNone;  // kAffine: by the statistics
   Activation act = Activation::kNone;
-  bool skip = false;         // around the depthwise convolution
-  int64_t shared_limit = 0;  // bytes that a block may have
+  bool expands = true, skip = false;
+  int64_t shared_limit = 0;  // bytes that a block of threads may have
   float norm_eps = 0.0f, bn_eps = 0.0f;
   Target target;
 };
 
-// The attention in front of such a block, over its unexpanded norm(x): strided or contiguous
-// windows.
-struct AttentionCall {
-  DType dtype = DType::kFloat32;
-  const void* x = nullptr;                             // (N, H, W, C)
-  void* out = nullptr;                                 // (N, H, W, C)
-  Vector norm_weight, norm_bias, norm_mean, norm_var;  // (C,)
-  Vector qk_weight, qk_bias;                           // (2 C, C) or absent, (2 C,)
-  int64_t N = 0, C = 0, H = 0, W = 0, head_dim = 0, window_size = 0;
-  Norm norm = Norm::kNone;  // kAffine: by the statistics
-  Windows windows = Windows::kGrid;
-  int64_t shared_limit = 0;  // bytes that a block may have
-  float eps = 0.0f;
-  Target target;
+// Bytes of shared memory of a block of each kernel; 0 where it is needed and does not fit.
+struct IRMBMemory {
+  int64_t block = 0, attention = 0, excite = 0;
 };
 
 int64_t scratch_bytes(const DepthwiseCall& call);
@@ -100,21 +94,17 @@ int64_t scratch_bytes(const DepthwiseBackwardCall& call);
 int64_t scratch_bytes(const ExpandDepthwiseCall& call);
 int64_t shared_bytes(const ExpandDepthwiseCall& call);  // of a block; 0: it does not fit
 int64_t scratch_bytes(const IRMBCall& call);
-int64_t shared_bytes(const IRMBCall& call);
-int64_t scratch_bytes(const AttentionCall& call);
-int64_t shared_bytes(const AttentionCall& call);
+IRMBMemory shared_memory(const IRMBCall& call);
 // On the target's device and stream; a std::runtime_error names the kernel that failed.
 void launch_depthwise_conv2d(const DepthwiseCall& call);
 void launch_depthwise_conv2d_backward(const DepthwiseBackwardCall& call);
 void launch_expand_depthwise(const ExpandDepthwiseCall& call);
 void launch_irmb(const IRMBCall& call);
-void launch_irmb_attention(const AttentionCall& call);
 // On the host: the kernels' own code, thread after thread, every access checked. A
 // std::logic_error says what was read outside, or written other than once.
 void walk_depthwise_conv2d(const DepthwiseCall& call);
 void walk_depthwise_conv2d_backward(const DepthwiseBackwardCall& call);
 void walk_expand_depthwise(const ExpandDepthwiseCall& call);
 void walk_irmb(const IRMBCall& call);
-void walk_irmb_attention(const AttentionCall& call);
 
 }  // namespace emo_kernels::cuda

@@ -83,46 +83,28 @@ ExpandDepthwiseCall expand_depthwise_call(int dtype, const py::tuple& pointers,
 IRMBCall irmb_sizes(int dtype, const py::tuple& sizes) {
   IRMBCall call;
   call.dtype = static_cast<DType>(dtype);
-  if (sizes.size() != 16) throw std::invalid_argument("wrong number of sizes");
-  int64_t norm = 0, act = 0, skip = 0;
-  size_all(py::tuple(sizes[py::slice(0, 14, 1)]),
-           {&call.N, &call.C, &call.H, &call.W, &call.M, &call.O, &call.K, &call.stride,
-            &call.padding, &call.dilation, &norm, &act, &skip, &call.shared_limit});
+  if (sizes.size() != 21) throw std::invalid_argument("wrong number of sizes");
+  int64_t windows = 0, norm = 0, act = 0, expands = 0, skip = 0;
+  size_all(py::tuple(sizes[py::slice(0, 19, 1)]),
+           {&call.N, &call.C, &call.H, &call.W, &call.M, &call.O, &call.K, &call.R, &call.stride,
+            &call.padding, &call.dilation, &call.head_dim, &call.window_size, &windows, &norm, &act,
+            &expands, &skip, &call.shared_limit});
+  call.windows = static_cast<Windows>(windows);
   call.norm = static_cast<Norm>(norm);
   call.act = static_cast<Activation>(act);
-  call.skip = skip != 0;
-  call.norm_eps = sizes[14].cast<float>();
-  call.bn_eps = sizes[15].cast<float>();
+  call.expands = expands != 0, call.skip = skip != 0;
+  call.norm_eps = sizes[19].cast<float>();
+  call.bn_eps = sizes[20].cast<float>();
   return call;
 }
 
 IRMBCall irmb_call(int dtype, const py::tuple& pointers, const py::tuple& sizes) {
   IRMBCall call = irmb_sizes(dtype, sizes);
-  point_all(pointers, call.x, call.residual, call.out, call.norm_weight, call.norm_bias,
-            call.norm_mean, call.norm_var, call.v_weight, call.v_bias, call.dw_weight,
-            call.bn_weight, call.bn_bias, call.bn_mean, call.bn_var, call.proj_weight, call.gamma);
-  return call;
-}
-
-// The eps last.
-AttentionCall attention_sizes(int dtype, const py::tuple& sizes) {
-  AttentionCall call;
-  call.dtype = static_cast<DType>(dtype);
-  if (sizes.size() != 10) throw std::invalid_argument("wrong number of sizes");
-  int64_t norm = 0, windows = 0;
-  size_all(py::tuple(sizes[py::slice(0, 9, 1)]),
-           {&call.N, &call.C, &call.H, &call.W, &call.head_dim, &call.window_size, &norm, &windows,
-            &call.shared_limit});
-  call.norm = static_cast<Norm>(norm);
-  call.windows = static_cast<Windows>(windows);
-  call.eps = sizes[9].cast<float>();
-  return call;
-}
-
-AttentionCall attention_call(int dtype, const py::tuple& pointers, const py::tuple& sizes) {
-  AttentionCall call = attention_sizes(dtype, sizes);
   point_all(pointers, call.x, call.out, call.norm_weight, call.norm_bias, call.norm_mean,
-            call.norm_var, call.qk_weight, call.qk_bias);
+            call.norm_var, call.qk_weight, call.qk_bias, call.v_weight, call.v_bias, call.dw_weight,
+            call.bn_weight, call.bn_bias, call.bn_mean, call.bn_var, call.se_reduce_weight,
+            call.se_reduce_bias, call.se_expand_weight, call.se_expand_bias, call.proj_weight,
+            call.gamma);
   return call;
 }
 
@@ -164,11 +146,13 @@ void bind(py::module_& m) {
     return shared_bytes(expand_depthwise_sizes(dtype, sizes));
   });
   define(m, "irmb", &irmb_call, &launch_irmb, &walk_irmb);
-  m.def("cuda_irmb_shared_bytes",
-        [](int dtype, const py::tuple& sizes) { return shared_bytes(irmb_sizes(dtype, sizes)); });
-  define(m, "irmb_attention", &attention_call, &launch_irmb_attention, &walk_irmb_attention);
-  m.def("cuda_irmb_attention_shared_bytes", [](int dtype, const py::tuple& sizes) {
-    return shared_bytes(attention_sizes(dtype, sizes));
+  m.def("cuda_irmb_shared_memory", [](int dtype, const py::tuple& sizes) {
+    const IRMBMemory memory = shared_memory(irmb_sizes(dtype, sizes));
+    py::dict found;
+    found["block"] = memory.block;
+    found["attention"] = memory.attention;
+    found["excite"] = memory.excite;
+    return found;
   });
 }
 

@@ -50,6 +50,9 @@ FEW = shapes.rows(
     "block_windows",
     "q_k_x",
     "v2_5m_stage1_small",
+    "excite_with_skip",
+    "attention_and_excite",
+    "unexpanded",
 )
 
 
@@ -186,16 +189,18 @@ def test_special_values_go_where_the_oracle_sends_them(row: Row, value: float) -
     check(row, "fp32", case=case)
 
 
+_WIDE = Row("wide", c=8, m=8, o=8, h=4, w=4, skip=False)
+_HUGE: dict[str, Any] = {"c": 8, "m": 12000, "o": 8, "h": 3, "w": 3}
 REFUSALS: dict[str, tuple[str, Callable[[], Row]]] = {
-    "squeeze_excite": ("no squeeze-excite", lambda: shapes.rows("excite_with_skip")[0]),
-    "unexpanded": ("need the expanding", lambda: shapes.rows("unexpanded")[0]),
+    "large_excite": ("squeeze-excite of 12000 channels", lambda: Row("e", **_HUGE, se=4000)),
+    "wide_excite": ("no tile of", lambda: replace(_WIDE, o=385, se=2)),
     "no_stencil": ("need the depthwise", lambda: shapes.rows("attention_only")[0]),
     "grouped": ("no grouped expansion", lambda: shapes.rows("grouped_v")[0]),
     "post": ("before the expansion only", lambda: shapes.rows("post_expansion")[0]),
     "conv_attn": ("before the convolution", lambda: shapes.rows("conv_then_attention")[0]),
     "both_windows": ("'grid' and 'block'", lambda: shapes.rows("both_windows")[0]),
     "large_window": ("at most 128 tokens", lambda: replace(shapes.rows("whole_map")[0], h=16)),
-    "wide_output": ("no tile of", lambda: Row("o", c=8, m=8, o=641, h=4, w=4, skip=False)),
+    "wide_output": ("no tile of", lambda: replace(_WIDE, o=641)),
 }
 
 
@@ -210,49 +215,61 @@ def test_fp64_is_refused() -> None:
     assert "take float32, float16 and bfloat16" in str(refusal(row, torch.float64))
 
 
-def test_wrong_sizes_are_named_by_the_kernels() -> None:
+# N C H W, M O K R, stride padding dilation, attention, norm act expands skip, limit, eps.
+SIZES = (1, 4, 3, 3, 8, 4, 3, 0, 1, 1, 1, 0, 7, 0, 0, 0, 1, 0, 232448, 1e-6, 1e-6)
+POINTERS: tuple[int | tuple[int, int], ...] = (0, 0, *[(0, 0)] * 19)
+
+
+def sizes_with(**changes: int) -> tuple[float, ...]:
+    """SIZES with others by place, ``_4=0``."""
+    places = {int(name[1:]): value for name, value in changes.items()}
+    return tuple(places.get(i, size) for i, size in enumerate(SIZES))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (sizes_with(_4=0), r"irmb: .*2\^24"),
+        (sizes_with(_2=2**24), r"irmb: .*2\^24"),
+        (sizes_with(_8=2, _17=1), "a skip needs maps of one size"),
+        (sizes_with(_2=2**15, _3=2**15), r"irmb: a map must have fewer than 2\^30 pixels"),
+        (sizes_with(_16=0), "without an expansion M must be C"),
+        (sizes_with(_11=3), "heads must divide C"),
+        (sizes_with(_11=2, _13=2), "one kind of windows"),
+        (SIZES[:-1], "wrong number of sizes"),
+    ],
+)
+def test_wrong_sizes_are_named_by_the_kernels(sizes: tuple[float, ...], message: str) -> None:
     """Behind the operator's own checks: a call that does not fit together."""
-    sizes = (1, 4, 3, 3, 8, 4, 3, 1, 1, 1, 0, 0, 0, 232448, 1e-6, 1e-6)
-    assert _C.cuda_irmb_shared_bytes(0, sizes) > 0
-    for place, value in ((4, 0), (2, 2**24)):
-        bad = [*sizes]
-        bad[place] = value
-        with pytest.raises(ValueError, match=r"irmb: .*2\^24"):
-            _C.cuda_irmb_shared_bytes(0, tuple(bad))
-    with pytest.raises(ValueError, match="a skip needs maps of one size"):
-        _C.cuda_irmb_shared_bytes(0, (*sizes[:7], 2, *sizes[8:12], 1, *sizes[13:]))
-    with pytest.raises(ValueError, match=r"irmb: a map must have fewer than 2\^30 pixels"):
-        _C.cuda_irmb_shared_bytes(0, (*sizes[:2], 2**15, 2**15, *sizes[4:]))
-    many = (2**32, *sizes[1:])
+    assert _C.cuda_irmb_shared_memory(0, SIZES)["block"] > 0
+    with pytest.raises(ValueError, match=message):
+        _C.cuda_irmb_shared_memory(0, sizes)
+
+
+def test_too_large_a_batch_is_named_by_the_kernels() -> None:
     with pytest.raises(ValueError, match="too many images for one launch: .* split the batch"):
-        _C.cuda_irmb_scratch(0, (0, 0, 0, *[(0, 0)] * 13), many)
-    with pytest.raises(ValueError, match="wrong number of sizes"):
-        _C.cuda_irmb_shared_bytes(0, sizes[:-1])
+        _C.cuda_irmb_scratch(0, POINTERS, sizes_with(_0=2**32))
 
 
 @pytest.mark.parametrize("n", [1, 256])
 def test_published_blocks_fit_into_every_gpu(n: int) -> None:
     """In 16 bits: an H200's shared memory, and the least there is."""
     for row in shapes.OFFICIAL:
-        if not row.expands:
-            continue
         case = CASES["irmb"](replace(row, n=1), data="empty")
         x = case.tensors["x"]
         assert x is not None
         weights = IRMBWeights(**{n: t for n, t in case.tensors.items() if n != "x"})
         for limit in (232448, irmb_module._LEAST_SHARED):
             sizes = irmb_module._sizes(x, weights, case.options["spec"], limit)
-            found = _C.cuda_irmb_shared_bytes(layout.DTYPES[torch.bfloat16], (n, *sizes[1:]))
-            assert 0 < found <= limit, (row, limit)
+            found = _C.cuda_irmb_shared_memory(layout.DTYPES[torch.bfloat16], (n, *sizes[1:]))
+            assert 0 < found["block"] <= limit, (row, limit)
+            assert bool(found["attention"]) == bool(row.head_dim), (row, limit)
+            assert bool(found["excite"]) == bool(row.se), (row, limit)
+            assert max(found.values()) <= limit
 
 
 def test_a_launch_without_a_gpu_names_its_kernel() -> None:
     if torch.cuda.is_available():
         pytest.skip("the launch would succeed: there is a GPU")
-    sizes = (1, 4, 3, 3, 8, 4, 3, 1, 1, 1, 0, 0, 0, 232448, 1e-6, 1e-6)
-    pointers = (0, 0, 0, *[(0, 0)] * 13)
     with pytest.raises(RuntimeError, match="irmb"):
-        _C.cuda_irmb(0, pointers, sizes, 0, 0, 0)
-    with pytest.raises(RuntimeError, match="irmb"):
-        attention = (1, 4, 3, 3, 2, 7, 0, 0, 232448, 1e-6)
-        _C.cuda_irmb_attention(0, (0, 0, *[(0, 0)] * 6), attention, 0, 0, 0)
+        _C.cuda_irmb(0, POINTERS, SIZES, 0, 0, 0)

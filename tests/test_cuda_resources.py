@@ -32,6 +32,10 @@ WANTED = {
         for pairs in (3, 5)
     },
     "irmb_attention.cu": {f"Attention<{t}" for t in ("float", "Half", "BFloat16")},
+    "irmb_excite.cu": {
+        f"{name.replace('Forward', 'Block')},0"
+        for name in (*FORWARD, "Forward<float,0,0", "Forward<Half,0,0", "Forward<BFloat16,0,0")
+    },
     "expand_depthwise.cu": {n.replace("Forward", "ExpandDepthwise") for n in FORWARD},
 }
 
@@ -111,8 +115,12 @@ def test_no_kernel_spills(source: str, arch: str, tmp_path_factory: pytest.TempP
     kernels = compiled(source, arch, tmp_path_factory.getbasetemp())
     for part in WANTED[source]:
         assert any(re.search(rf"<{part}[,>]", kernel.name) for kernel in kernels), part
-    sums = {"irmb.cu": "irmb_sum_kernel", "irmb_attention.cu": "irmb_attention_kernel"}
-    adds_up = sums.get(source, "sum_partials_kernel")
-    assert any(adds_up in kernel.name for kernel in kernels)
+    others = {
+        "irmb.cu": "irmb_sum_kernel",
+        "irmb_attention.cu": "irmb_attention_kernel",
+        "irmb_excite.cu": "irmb_excite_kernel",
+    }
+    other = others.get(source, "sum_partials_kernel")
+    assert any(other in kernel.name for kernel in kernels)
     faults = [k for k in kernels if k.spills or k.stack or k.registers > limit(k)]
     assert not faults, "\n".join(map(str, faults))

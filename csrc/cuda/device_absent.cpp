@@ -20,7 +20,6 @@ void launch_depthwise_conv2d_backward(const DepthwiseBackwardCall&) {
   refuse("depthwise_conv2d_backward");
 }
 void launch_irmb(const IRMBCall&) { refuse("irmb"); }
-void launch_irmb_attention(const AttentionCall&) { refuse("irmb"); }
 
 void launch_expand_depthwise(const ExpandDepthwiseCall&) { refuse("expand_depthwise"); }
 

@@ -1,6 +1,5 @@
 // The kernels of the whole block in inference: irmb_block.h, irmb_sum.h.
-#include "cuda/irmb_dispatch.h"
-#include "cuda/launch.cuh"
+#include "cuda/irmb_kernels.h"
 
 namespace emo_kernels::cuda {
 

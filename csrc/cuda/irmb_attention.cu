@@ -1,6 +1,5 @@
 // The kernel of a block's attention in inference: irmb_attention.h.
-#include "cuda/irmb_attention_dispatch.h"
-#include "cuda/launch.cuh"
+#include "cuda/irmb_kernels.h"
 
 namespace emo_kernels::cuda {
 
@@ -11,10 +10,12 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
 }
 
 template <class T>
-auto kernel_of(Attention<T>*) {
+KernelOf<Attention<T>> kernel_of(Attention<T>*) {
   return &irmb_attention_kernel<Attention<T>>;
 }
 
-void launch_irmb_attention(const AttentionCall& call) { run_on_stream(call, "irmb"); }
+template KernelOf<Attention<float>> kernel_of(Attention<float>*);
+template KernelOf<Attention<Half>> kernel_of(Attention<Half>*);
+template KernelOf<Attention<BFloat16>> kernel_of(Attention<BFloat16>*);
 
 }  // namespace emo_kernels::cuda

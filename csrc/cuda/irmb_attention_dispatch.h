@@ -1,4 +1,4 @@
-// From a call of a block's attention to the kernel that runs it, as depthwise_dispatch.h.
+// From a call of the whole block to what its attention's kernel is given.
 #pragma once
 
 #include "cuda/depthwise_dispatch.h"
@@ -22,15 +22,9 @@ inline Grid block_grid(int64_t blocks) {
   return {blocks, kBlockThreads, 1, 1};
 }
 
-inline AttentionShape attention_shape(const AttentionCall& call) {
-  for (const int64_t size : {call.C, call.H, call.W, call.head_dim}) {
-    if (size < 1 || size >= int64_t{1} << 24) {
-      throw std::invalid_argument("irmb: sizes must be from 1 to 2^24, got " +
-                                  std::to_string(size));
-    }
-  }
-  check_map_size(call.H, call.W);
-  if (call.C % call.head_dim != 0) throw std::invalid_argument("irmb: heads must divide C");
+inline AttentionShape attention_shape(const IRMBCall& call) {
+  if (call.head_dim < 1 || call.C % call.head_dim != 0)
+    throw std::invalid_argument("irmb: heads must divide C");
   if (call.windows == Windows::kBoth) throw std::invalid_argument("irmb: one kind of windows");
   const auto side = [&](int64_t size) {
     const bool whole = call.window_size <= 0;
@@ -46,41 +40,28 @@ inline AttentionShape attention_shape(const AttentionCall& call) {
   return s;
 }
 
-template <class T, class Launcher>
-int64_t attention_in(const AttentionCall& call, Launcher& launcher) {
+template <class T>
+AttentionArgs<T> attention_args(const IRMBCall& call, const AttentionShape& s, T* out) {
   AttentionArgs<T> args{};
-  const AttentionShape s = args.shape = attention_shape(call);
-  args.plan = make_attention_plan(s, sizeof(T), call.shared_limit);
-  if (args.plan.shared == 0) {
-    throw std::invalid_argument("irmb: windows of this attention do not fit into " +
-                                std::to_string(call.shared_limit) + " bytes of shared memory");
-  }
+  args.shape = s;
   args.pixels = matrix_of<T>({call.x, call.dtype}, int64_t{s.H} * s.W, s.C, 16);
-  args.out = static_cast<T*>(call.out);
+  args.out = out;
   args.norm = call.norm;
-  args.front = {call.norm_weight, call.norm_bias, call.norm_mean, call.norm_var, call.eps};
+  args.front = {call.norm_weight, call.norm_bias, call.norm_mean, call.norm_var, call.norm_eps};
   args.weight = matrix_of<T>(call.qk_weight, int64_t{2} * s.C, s.C, 16);
   args.bias = call.qk_bias;
   args.scale = 1.0f / sqrtf(static_cast<float>(s.D));
-  const Grid grid = block_grid(s.N * s.windows_h * s.windows_w * args.plan.shares);
-  launcher.template launch<Attention<T>>(
-      args, grid, std::string("irmb_attention_kernel<") + kTypeName<T> + ">");
-  return 0;
+  return args;
 }
 
-// Runs the call; it uses no scratch.
-template <class Launcher>
-int64_t dispatch(const AttentionCall& call, Launcher& launcher) {
-  switch (call.dtype) {
-    case DType::kFloat32:
-      return attention_in<float>(call, launcher);
-    case kFloat16:
-      return attention_in<Half>(call, launcher);
-    case DType::kBFloat16:
-      return attention_in<BFloat16>(call, launcher);
-    default:
-      throw std::invalid_argument("irmb: maps must be fp32, fp16 or bf16");
-  }
+// Runs the attention alone.
+template <class T, class Launcher>
+void launch_attention(AttentionArgs<T> args, const AttentionPlan& plan, Launcher& launcher) {
+  args.plan = plan;
+  const AttentionShape& s = args.shape;
+  const Grid grid = block_grid(s.N * s.windows_h * s.windows_w * plan.shares);
+  launcher.template launch<Attention<T>>(
+      args, grid, std::string("irmb_attention_kernel<") + kTypeName<T> + ">");
 }
 
 }  // namespace emo_kernels::cuda

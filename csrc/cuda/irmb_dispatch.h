@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/irmb_attention_dispatch.h"
+#include "cuda/irmb_excite.h"
 #include "cuda/irmb_sum.h"
 
 namespace emo_kernels::cuda {
@@ -16,77 +17,171 @@ inline BlockShape block_shape(const IRMBCall& call) {
   s.M = static_cast<int>(call.M), s.O = static_cast<int>(call.O);
   s.K = g.K, s.S = g.S, s.P = g.P, s.D = g.D;
   check_map_size(call.H, call.W);
+  if (!call.expands && s.M != s.C) {
+    throw std::invalid_argument("irmb: without an expansion M must be C");
+  }
   if (call.skip && (s.S != 1 || s.HO != s.H || s.WO != s.W)) {
     throw std::invalid_argument("irmb: a skip needs maps of one size, at stride 1");
   }
   return s;
 }
 
+// Of the block behind its attention, if it has one, which gives `attended`.
 template <class T>
-BlockArgs<T> block_args(const IRMBCall& call, const BlockShape& s) {
+BlockArgs<T> block_args(const IRMBCall& call, const BlockShape& s, const T* attended) {
   BlockArgs<T> args{};
   args.shape = s;
-  args.residual = static_cast<const T*>(call.residual);
+  args.residual = call.skip ? static_cast<const T*>(call.x) : nullptr;
   args.out = static_cast<T*>(call.out);
-  args.norm = call.norm, args.act = call.act, args.skip = call.skip;
+  args.norm = attended == nullptr ? call.norm : Norm::kNone;
+  args.act = call.expands ? call.act : Activation::kNone, args.skip = call.skip;
   args.front = {call.norm_weight, call.norm_bias, call.norm_mean, call.norm_var, call.norm_eps};
   args.bn = {call.bn_weight, call.bn_bias, call.bn_mean, call.bn_var, call.bn_eps};
-  args.pixels = matrix_of<T>({call.x, call.dtype}, int64_t{s.H} * s.W, s.C, kChunk);
+  const void* const pixels = attended == nullptr ? call.x : attended;
+  args.pixels = matrix_of<T>({pixels, call.dtype}, int64_t{s.H} * s.W, s.C, kChunk);
   args.v = matrix_of<T>(call.v_weight, s.M, s.C, kChunk);
   args.proj = matrix_of<T>(call.proj_weight, s.O, s.M, kChunk);
   args.bias = call.v_bias, args.stencil = call.dw_weight, args.gamma = call.gamma;
-  args.in_pairs = in_pairs<T>(s.O, {call.residual, call.out});
+  args.in_pairs = in_pairs<T>(s.O, {args.residual, call.out});
   return args;
 }
 
-// Calls use(program) with the program for the call's filter and plan, null; nothing fits: false.
-template <class T, int K, int S, class Use>
-bool with_block(const IRMBCall& call, const BlockShape& s, const Use& use) {
-  const BlockPlan plan =
-      make_block_plan(s, kBlockStrip<K, S>, sizeof(T), static_cast<int>(call.shared_limit));
-  if (plan.shared == 0) return false;
-  if (plan.pairs <= 3) {
-    use(static_cast<Block<T, K, S, 3>*>(nullptr), plan);
-  } else {
-    use(static_cast<Block<T, K, S, kMostPairs>*>(nullptr), plan);
-  }
-  return true;
+// Calls use(K, S) with those that kernels are compiled for, as types; 0: any.
+template <class Use>
+auto with_filter(const BlockShape& s, const Use& use) {
+  using std::integral_constant;
+  constexpr integral_constant<int, 0> kAny;
+  constexpr integral_constant<int, 1> kOne;
+  constexpr integral_constant<int, 2> kTwo;
+  constexpr integral_constant<int, 3> kThree;
+  constexpr integral_constant<int, 5> kFive;
+  if (s.D == 1 && s.K == 3 && s.S == 1) return use(kThree, kOne);
+  if (s.D == 1 && s.K == 3 && s.S == 2) return use(kThree, kTwo);
+  if (s.D == 1 && s.K == 5 && s.S == 1) return use(kFive, kOne);
+  if (s.D == 1 && s.K == 5 && s.S == 2) return use(kFive, kTwo);
+  return use(kAny, kAny);
 }
 
-template <class T, class Use>
-bool with_block_in(const IRMBCall& call, const BlockShape& s, const Use& use) {
-  if (s.D == 1 && s.K == 3 && s.S == 1) return with_block<T, 3, 1>(call, s, use);
-  if (s.D == 1 && s.K == 3 && s.S == 2) return with_block<T, 3, 2>(call, s, use);
-  if (s.D == 1 && s.K == 5 && s.S == 1) return with_block<T, 5, 1>(call, s, use);
-  if (s.D == 1 && s.K == 5 && s.S == 2) return with_block<T, 5, 2>(call, s, use);
-  return with_block<T, 0, 0>(call, s, use);
+// What a call's kernels are launched with; bytes of shared memory that are 0: it does not fit.
+struct IRMBPlan {
+  AttentionPlan attention;
+  BlockPlan block;
+  int64_t excite = 0;
+};
+
+inline IRMBPlan make_irmb_plan(const IRMBCall& call) {
+  const BlockShape s = block_shape(call);
+  const int bytes = call.dtype == DType::kFloat32 ? 4 : 2;
+  const auto limit = static_cast<int>(call.shared_limit);
+  IRMBPlan plan;
+  const int pairs = call.R != 0 || !call.expands ? kFewPairs : kMostPairs;
+  plan.block = with_filter(s, [&](auto k, auto step) {
+    return make_block_plan(s, kBlockStrip<k(), step()>, bytes, limit, pairs);
+  });
+  if (call.head_dim != 0) {
+    plan.attention = make_attention_plan(attention_shape(call), bytes, limit);
+  }
+  const int64_t excite = excite_bytes(call.M, call.R);
+  if (call.R != 0 && excite <= limit) plan.excite = excite;
+  return plan;
+}
+
+inline void check_fits(const IRMBCall& call, const IRMBPlan& plan) {
+  const char* const missing = call.head_dim != 0 && plan.attention.shared == 0
+                                  ? "windows of this attention do not fit into "
+                              : plan.block.shared == 0 ? "no tile of this block fits into "
+                              : call.R != 0 && plan.excite == 0
+                                  ? "the squeeze-excite of this block does not fit into "
+                                  : nullptr;
+  if (missing == nullptr) return;
+  throw std::invalid_argument("irmb: " + (missing + std::to_string(call.shared_limit)) +
+                              " bytes of shared memory");
+}
+
+// Parts of a call's scratch, one behind the other.
+class Scratch {
+ public:
+  explicit Scratch(const IRMBCall& call) : begin_(static_cast<char*>(call.target.scratch)) {}
+
+  template <class T>
+  T* take(int64_t elements) {
+    T* const part = reinterpret_cast<T*>(begin_ + bytes_);
+    bytes_ += (elements * int64_t{sizeof(T)} + 255) / 256 * 256;
+    return part;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* begin_;
+  int64_t bytes_ = 0;
+};
+
+// The gate of the block's squeeze-excite.
+template <class T, class Launcher>
+const float* launch_excite(BlockArgs<T> args, const IRMBCall& call, Scratch& scratch,
+                           Launcher& launcher) {
+  const BlockShape& s = args.shape;
+  const int64_t tiles = args.plan.tiles();
+  args.sums = scratch.take<float>(s.N * tiles * s.M);
+  float* const gate = scratch.take<float>(s.N * s.M);
+  with_filter(s, [&](auto k, auto step) {
+    const Grid grid = block_grid(s.N * tiles * args.plan.splits);
+    launcher.template launch<Block<T, k(), step(), 0>>(
+        args, grid, kernel_name<T>("irmb_squeeze_kernel", s.K, s.S));
+  });
+  const ExciteArgs excite{args.sums,
+                          gate,
+                          call.se_reduce_weight,
+                          call.se_reduce_bias,
+                          call.se_expand_weight,
+                          call.se_expand_bias,
+                          s.N,
+                          tiles,
+                          s.M,
+                          static_cast<int>(call.R),
+                          static_cast<float>(int64_t{s.HO} * s.WO),
+                          call.act};
+  launcher.template launch<Excite>(excite, block_grid(s.N), "irmb_excite_kernel");
+  return gate;
 }
 
 template <class T, class Launcher>
-int64_t block_in(const IRMBCall& call, Launcher& launcher) {
-  const BlockShape s = block_shape(call);
-  int64_t scratch = 0;
-  const bool fits = with_block_in<T>(call, s, [&](auto* program, const BlockPlan& plan) {
-    using Program = std::remove_pointer_t<decltype(program)>;
-    BlockArgs<T> args = block_args<T>(call, s);
-    args.plan = plan;
-    const int64_t size = s.N * s.HO * s.WO * s.O;
-    if (plan.splits > 1) {
-      args.partials = static_cast<float*>(call.target.scratch);
-      scratch = plan.splits * size * int64_t{sizeof(float)};
+void launch_block(BlockArgs<T> args, Scratch& scratch, Launcher& launcher) {
+  const BlockShape& s = args.shape;
+  const int64_t size = s.N * s.HO * s.WO * s.O;
+  if (args.plan.splits > 1) args.partials = scratch.take<float>(args.plan.splits * size);
+  const Grid grid = block_grid(s.N * args.plan.tiles() * args.plan.splits);
+  with_filter(s, [&](auto k, auto step) {
+    const std::string name = kernel_name<T>("irmb_kernel", s.K, s.S);
+    if (args.plan.pairs <= kFewPairs) {
+      launcher.template launch<Block<T, k(), step(), kFewPairs>>(args, grid, name);
+    } else {
+      launcher.template launch<Block<T, k(), step(), kMostPairs>>(args, grid, name);
     }
-    const Grid grid = block_grid(s.N * plan.tiles() * plan.splits);
-    launcher.template launch<Program>(args, grid, kernel_name<T>("irmb_kernel", s.K, s.S));
-    if (plan.splits == 1) return;
-    const Grid sum = block_grid(ceil_div(size, kBlockThreads));
-    launcher.template launch<BlockSum<T>>(SumOfBlock<T>{args}, sum,
-                                          kernel_name<T>("irmb_sum_kernel", s.K, s.S));
   });
-  if (!fits) {
-    throw std::invalid_argument("irmb: no tile of this block fits into " +
-                                std::to_string(call.shared_limit) + " bytes of shared memory");
+  if (args.plan.splits == 1) return;
+  const Grid sum = block_grid(ceil_div(size, kBlockThreads));
+  launcher.template launch<BlockSum<T>>(SumOfBlock<T>{args}, sum,
+                                        kernel_name<T>("irmb_sum_kernel", s.K, s.S));
+}
+
+template <class T, class Launcher>
+int64_t irmb_in(const IRMBCall& call, Launcher& launcher) {
+  const BlockShape s = block_shape(call);
+  const IRMBPlan plan = make_irmb_plan(call);
+  check_fits(call, plan);
+  Scratch scratch(call);
+  T* attended = nullptr;
+  if (call.head_dim != 0) {
+    const AttentionShape attention = attention_shape(call);
+    attended = scratch.take<T>(s.N * s.H * s.W * s.C);
+    launch_attention(attention_args<T>(call, attention, attended), plan.attention, launcher);
   }
-  return scratch;
+  BlockArgs<T> args = block_args<T>(call, s, attended);
+  args.plan = plan.block;
+  if (call.R != 0) args.gate = launch_excite(args, call, scratch, launcher);
+  launch_block(args, scratch, launcher);
+  return scratch.bytes();
 }
 
 // Runs the call; returns the bytes of scratch that it uses.
@@ -94,11 +189,11 @@ template <class Launcher>
 int64_t dispatch(const IRMBCall& call, Launcher& launcher) {
   switch (call.dtype) {
     case DType::kFloat32:
-      return block_in<float>(call, launcher);
+      return irmb_in<float>(call, launcher);
     case kFloat16:
-      return block_in<Half>(call, launcher);
+      return irmb_in<Half>(call, launcher);
     case DType::kBFloat16:
-      return block_in<BFloat16>(call, launcher);
+      return irmb_in<BFloat16>(call, launcher);
     default:
       throw std::invalid_argument("irmb: maps must be fp32, fp16 or bf16");
   }

@@ -17,6 +17,7 @@ namespace emo_kernels::cuda {
 constexpr int kChunk = 32;       // expanded channels at a time
 constexpr int kReserved = 1024;  // bytes of shared memory that the driver takes of every block's
 constexpr int kMostPairs = 5;    // of 8 output channels that a warp has at most
+constexpr int kFewPairs = 3;     // of one that may have a gate, or nothing to expand
 
 struct BlockShape {
   int64_t N = 0;
@@ -43,8 +44,8 @@ constexpr int kBlockStrip = K == 0             ? 1
                             : K == 5 && S == 2 ? 2
                                                : 4;
 
-// What lies in a row of `taps`: the filters of a chunk, its biases and its shifts.
-EMO_ANYWHERE int taps_rows(int K) { return K * K + 2; }
+// What lies in the rows of `taps`: the filters of a chunk, its biases, its shifts and its gates.
+EMO_ANYWHERE int taps_rows(int K) { return K * K + 3; }
 
 namespace detail {
 
@@ -110,7 +111,8 @@ inline double time_of(const BlockPlan& plan, const BlockShape& s, int shared_lim
 }  // namespace detail
 
 // The fastest plan that fits, as far as this counts; its `shared` is 0 where none does.
-inline BlockPlan make_block_plan(const BlockShape& s, int strip, int bytes, int shared_limit) {
+inline BlockPlan make_block_plan(const BlockShape& s, int strip, int bytes, int shared_limit,
+                                 int most_pairs = kMostPairs) {
   BlockPlan best;
   double least_time = 0.0;
   const int wide = static_cast<int>(ceil_div(s.O, 16));
@@ -118,7 +120,7 @@ inline BlockPlan make_block_plan(const BlockShape& s, int strip, int bytes, int 
     BlockPlan plan;
     plan.warps_m = warps_m, plan.warps_n = kBlockWarps / warps_m;
     plan.pairs = static_cast<int>(ceil_div(wide, plan.warps_n));
-    if (plan.pairs > kMostPairs) continue;
+    if (plan.pairs > most_pairs) continue;
     const int pixels = 32 * warps_m;
     for (plan.tile_w = 1; plan.tile_w <= least(s.WO, pixels); ++plan.tile_w) {
       plan.tile_h = least(s.HO, pixels / plan.tile_w);
@@ -175,9 +177,11 @@ struct BlockArgs {
   const T* residual;  // (N, HO, WO, O) or null
   T* out;             // (N, HO, WO, O); null where partial sums are left
   float* partials;    // (splits, N, HO, WO, O) or null
+  float* sums;        // (N, tiles, M), where the sums of c are wanted
+  const float* gate;  // (N, M) or null
   Norm norm;          // kAffine: over the statistics of `front`
   ChannelNorm front, bn;
-  Matrix v, proj;               // (M, C), (O, M)
+  Matrix v, proj;               // (M, C) or absent: u = norm(x), M = C; (O, M)
   Vector bias, stencil, gamma;  // (M,), (M, K, K), (O,)
   Activation act;
   bool skip;      // u + c

@@ -32,6 +32,11 @@ void operands(Watch& watch, const BlockArgs<T>& args) {
   watch.may_read(args.bias, s.M);
   watch.may_read(args.stencil, int64_t{s.M} * s.K * s.K);
   watch.may_read(args.proj.values, int64_t{s.O} * s.M);
+  if (args.gate != nullptr) watch.may_read(args.gate, s.N * s.M * int64_t{sizeof(float)});
+  const int64_t tiles = s.N * args.plan.tiles();
+  if (args.sums != nullptr) {
+    return watch.must_write(args.sums, tiles * s.M * int64_t{sizeof(float)});
+  }
   if (args.partials == nullptr) return finishing_operands(watch, args);
   watch.must_write(args.partials, args.plan.splits * output_size(s) * int64_t{sizeof(float)});
 }
@@ -54,33 +59,26 @@ void operands(Watch& watch, const AttentionArgs<T>& args) {
   watch.must_write(args.out, size * int64_t{sizeof(T)});
 }
 
-void walk_irmb(const IRMBCall& call) { walk(call); }
-void walk_irmb_attention(const AttentionCall& call) { walk(call); }
-
-int64_t scratch_bytes(const AttentionCall&) { return 0; }
-
-int64_t shared_bytes(const AttentionCall& call) {
-  const int bytes = call.dtype == DType::kFloat32 ? 4 : 2;
-  return make_attention_plan(attention_shape(call), bytes, call.shared_limit).shared;
+static void operands(Watch& watch, const ExciteArgs& args) {
+  const auto bytes = [&](int64_t count) { return count * int64_t{sizeof(float)}; };
+  watch.may_read(args.sums, bytes(args.N * args.tiles * args.M));
+  watch.may_read(args.reduce, int64_t{args.R} * args.M);
+  watch.may_read(args.reduce_bias, args.R);
+  watch.may_read(args.expand, int64_t{args.M} * args.R);
+  watch.may_read(args.expand_bias, args.M);
+  watch.must_write(args.gate, bytes(args.N * args.M));
 }
+
+void walk_irmb(const IRMBCall& call) { walk(call); }
 
 int64_t scratch_bytes(const IRMBCall& call) {
   NoLauncher nothing;
   return dispatch(call, nothing);
 }
 
-int64_t shared_bytes(const IRMBCall& call) {
-  const BlockShape s = block_shape(call);
-  int64_t bytes = 0;
-  const auto measure = [&](auto*, const BlockPlan& plan) { bytes = plan.shared; };
-  switch (call.dtype) {
-    case DType::kFloat32:
-      with_block_in<float>(call, s, measure);
-      break;
-    default:
-      with_block_in<BFloat16>(call, s, measure);
-  }
-  return bytes;
+IRMBMemory shared_memory(const IRMBCall& call) {
+  const IRMBPlan plan = make_irmb_plan(call);
+  return {plan.block.shared, plan.attention.shared, plan.excite};
 }
 
 }  // namespace emo_kernels::cuda

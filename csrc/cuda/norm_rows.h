@@ -22,14 +22,14 @@ template <class T>
 struct NormRows {
   T* rows;
   float *affine, *parts;  // (C rounded up, 2), norm_parts_bytes()
-  int stride, C, capacity, count, thread;
+  int stride, C, capacity, count, thread, threads;
 
   EMO_KERNEL int pairs() const { return rounded(C, 16) / 2; }
 
   // Scales and shifts of the channels.
   EMO_KERNEL void load_affine(Norm norm, const ChannelNorm& front) const {
     if (norm == Norm::kNone) return;
-    for (int c = thread; c < 2 * pairs(); c += kBlockThreads) {
+    for (int c = thread; c < 2 * pairs(); c += threads) {
       Float2 pair{0.0f, 0.0f};
       if (c < C) {
         pair = norm == Norm::kAffine
@@ -54,7 +54,7 @@ struct NormRows {
 
   template <class Live>
   EMO_KERNEL void normalize_by_channel(const Live& live) const {
-    for (int i = thread; i < count * pairs(); i += kBlockThreads) {
+    for (int i = thread; i < count * pairs(); i += threads) {
       if (live(i / pairs())) normalize_pair(i / pairs(), i % pairs(), 0.0f, 1.0f);
     }
   }
@@ -62,7 +62,7 @@ struct NormRows {
   // Calls visit(row, part) for what the thread has.
   template <class Live, class Visit>
   EMO_KERNEL void for_parts(const Live& live, const Visit& visit) const {
-    for (int i = thread; i < count * kNormParts; i += kBlockThreads) {
+    for (int i = thread; i < count * kNormParts; i += threads) {
       if (live(i / kNormParts)) visit(i / kNormParts, i % kNormParts);
     }
   }
