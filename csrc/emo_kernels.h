@@ -303,10 +303,6 @@ std::string selected_isa();
 int64_t scratch_bytes();
 void release_scratch();
 
-// Asks the system to back this fresh memory by pages of 2 MB where it can: a map of a training step
-// is new at every step, and its small pages would be cleared and mapped one by one. Only a hint.
-void prefer_large_pages(void* data, int64_t bytes);
-
 }  // namespace cpu
 
 namespace cuda {

@@ -2,7 +2,7 @@
 
 from emo_kernels import nn, ops
 from emo_kernels.accelerate import accelerate, restore
-from emo_kernels.backends import available_backends, use_backend
+from emo_kernels.backends import available_backends, release_memory, use_backend
 from emo_kernels.explain import explain
 from emo_kernels.models import create_backbone, create_model, load_checkpoint, save_checkpoint
 
@@ -17,6 +17,7 @@ __all__ = [
     "load_checkpoint",
     "nn",
     "ops",
+    "release_memory",
     "restore",
     "save_checkpoint",
     "use_backend",

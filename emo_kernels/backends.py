@@ -103,6 +103,16 @@ _namespaces: dict[str, ModuleType] = {}  # filled at first use
 _used: str | None = None  # set by use_backend, for the whole process
 
 
+def release_memory() -> None:
+    """Give the system back what the cpu kernels keep for the next call.
+
+    That is the memory of maps that nobody holds any more, at most as much as a step or forward pass
+    took at its peak, and the calling thread's scratch. The next call asks for it anew.
+    """
+    if _compiled_module_missing() is None:
+        importlib.import_module("emo_kernels._C").release_scratch()
+
+
 @constant_under_compile
 def unavailable(name: str) -> str | None:
     """Why backend ``name`` runs nothing here, or ``None`` if it works, if only interpreted."""

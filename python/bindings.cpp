@@ -8,7 +8,8 @@
 #include "bound_call.h"
 #include "cuda_bindings.h"
 #include "emo_kernels.h"
-#include "output_pool.h"
+#include "map_memory.h"
+#include "new_map.h"
 
 namespace py = pybind11;
 namespace cpu = emo_kernels::cpu;
@@ -329,11 +330,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_isas", &cpu::compiled_isas);
   m.def("available_isas", &cpu::available_isas);
   m.def("selected_isa", &cpu::selected_isa);
-  m.def("prefer_large_pages", [](int64_t address, int64_t bytes) {
-    cpu::prefer_large_pages(reinterpret_cast<void*>(static_cast<uintptr_t>(address)), bytes);
-  });
   m.def("scratch_bytes", &cpu::scratch_bytes);
   emo_kernels::python::add_bound_call(m);
+  emo_kernels::python::add_new_map(m);
   m.def("prepare_irmb", &prepare_irmb, py::arg("dtype"), py::arg("weight_dtype"),
         py::arg("weights"), py::arg("counts"), py::arg("sizes"), py::arg("switches"),
         py::arg("norm_eps"), py::arg("bn_eps"));
@@ -341,7 +340,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("prepare_norm_pool_linear", &prepare_norm_pool_linear);
   m.def("release_scratch", [] {
     cpu::release_scratch();
-    emo_kernels::python::output_pool().clear();
+    emo_kernels::python::map_memory().clear();
   });
   m.def("pixels", &pixels);
   m.def("batch_norm_activate", &batch_norm_activate);

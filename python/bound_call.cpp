@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "dlpack.h"
-#include "output_pool.h"
+#include "new_map.h"
 
 namespace py = pybind11;
 
@@ -70,7 +70,6 @@ struct State {
   std::vector<Weight> weights;
   PyObject *is_negative, *num_threads, *to_layout, *layout_names, *layout;
   Memory map, result;
-  int64_t result_bytes;
   Prepared kernel;
 };
 
@@ -125,40 +124,6 @@ PyObject* readable_map(const State& s, PyObject* x, dlpack::Tensor* found) {
   return nullptr;
 }
 
-struct Result {
-  dlpack::ManagedTensor managed;
-  int64_t shape[4], strides[4];
-  int64_t bytes;
-};
-
-void release_result(dlpack::ManagedTensor* managed) {
-  auto* const result = static_cast<Result*>(managed->context);
-  output_pool().give(managed->tensor.data, result->bytes);
-  delete result;
-}
-
-dlpack::ManagedTensor* new_result(const State& s) {
-  auto* const result = new Result;
-  const size_t dims = s.result.shape.size();
-  for (size_t d = 0; d < dims; ++d) {
-    result->shape[d] = s.result.shape[d];
-    result->strides[d] = s.result.strides[d];
-  }
-  result->bytes = s.result_bytes;
-  result->managed.version = s.api->version;
-  result->managed.context = result;
-  result->managed.deleter = release_result;
-  result->managed.flags = 0;
-  result->managed.tensor = {output_pool().take(s.result_bytes),
-                            {dlpack::kCpu, 0},
-                            static_cast<int32_t>(dims),
-                            s.result.dtype,
-                            result->shape,
-                            result->strides,
-                            0};
-  return &result->managed;
-}
-
 void run_unlocked(const State& s, const void* x, void* out, int threads) {
   const py::gil_scoped_release unlocked;
   s.kernel.run(x, out, threads);
@@ -171,7 +136,8 @@ PyObject* run(const State& s, const void* x) {
   Py_DECREF(threads);
   dlpack::ManagedTensor* result = nullptr;
   try {
-    result = new_result(s);
+    result = new_result(static_cast<int32_t>(s.result.shape.size()), s.result.shape.data(),
+                        s.result.strides.data(), s.result.dtype);
     run_unlocked(s, x, result->tensor.data, count);
   } catch (const std::invalid_argument& error) {
     PyErr_SetString(PyExc_ValueError, error.what());
@@ -253,22 +219,6 @@ Place place_of(const py::handle& pair) {
   return place;
 }
 
-const dlpack::ExchangeApi* exchange_api(const py::object& capsule) {
-  const auto* api = static_cast<const dlpack::ExchangeApi*>(
-      PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
-  if (api == nullptr) throw py::error_already_set();
-  if (api->version.major != 1 || api->look_at == nullptr || api->import_tensor == nullptr) {
-    throw std::invalid_argument("bind_call: this torch does not show its tensors' memory");
-  }
-  return api;
-}
-
-int64_t bytes_of(const Memory& m) {
-  int64_t bytes = m.dtype.bits / 8;
-  for (const int64_t size : m.shape) bytes *= size;
-  return bytes;
-}
-
 PyTypeObject* g_type = nullptr;
 
 // See _C.pyi for the arguments.
@@ -284,7 +234,6 @@ py::object bind_call(const Prepared& kernel, const py::object& api, const py::ob
   s.map = memory_of(s, x.ptr());
   s.map.strides = map_strides;
   s.result = {nullptr, s.map.dtype, shape, strides};
-  s.result_bytes = bytes_of(s.result);
   if (shape.size() > 4 || strides.size() != shape.size() ||
       map_strides.size() != s.map.shape.size())
     throw std::invalid_argument("bind_call: shapes and strides do not match");

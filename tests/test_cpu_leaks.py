@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import gc
+import random
+import resource
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from test_cpu_threads import small_model
+from torch import Tensor
 
+import emo_kernels as ek
 from emo_kernels import _C
 from emo_kernels.cpu import layout
 
@@ -136,12 +141,77 @@ def test_scratch_of_a_finished_thread_is_freed() -> None:
     assert _C.scratch_bytes() == before
 
 
+NEW_MAPS = pytest.mark.skipif(
+    layout.DLPACK is None, reason="this torch does not take memory from C: maps are malloc's"
+)
+
+
+def map_of(megabytes: float) -> Tensor:
+    return layout.new_map(torch.empty(0), 1, 1, 1, int(megabytes * 2**18))
+
+
+@NEW_MAPS
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no large pages"
 )
 def test_a_large_map_asks_for_large_pages() -> None:
-    large = layout.new_map(torch.empty(0), 1, 64, 256, 256)
+    large = map_of(16)
     assert "hg" in flags_of_page(large.data_ptr() + large.nbytes // 2)
+
+
+@NEW_MAPS
+def test_a_map_lies_where_dead_maps_lay() -> None:
+    first, second, third = map_of(512), map_of(256), map_of(512)  # longer than other tests' gaps
+    at = first.data_ptr()
+    assert second.data_ptr() == at + first.nbytes
+    del first, second
+    both = map_of(768)  # what the two left is one gap
+    assert both.data_ptr() == at
+    assert third.data_ptr() == at + both.nbytes
+
+
+@NEW_MAPS
+def test_maps_never_overlap() -> None:
+    """Threads make, fill and drop maps; each holds what was written to it until it is dropped."""
+
+    def work(seed: int) -> bool:
+        draw = random.Random(seed)
+        alive: list[tuple[float, Tensor]] = []
+        for turn in range(200):
+            value = float(1000 * seed + turn)
+            alive.append((value, map_of(draw.uniform(0.3, 3)).fill_(value)))
+            if len(alive) > 6:
+                wanted, map_ = alive.pop(draw.randrange(len(alive)))
+                if not bool((map_ == wanted).all()):
+                    return False
+        return all(bool((map_ == wanted).all()) for wanted, map_ in alive)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(4)))
+
+
+@NEW_MAPS
+def test_release_memory_gives_dead_maps_back() -> None:
+    map_of(64).zero_()
+    held = resident_bytes()
+    ek.release_memory()
+    assert held - resident_bytes() > 60 * MEGABYTE
+    assert float(map_of(64).sum()) == 0.0  # fresh pages; a map that lives keeps its own
+
+
+@NEW_MAPS
+def test_a_step_after_another_needs_no_new_pages() -> None:
+    model = ek.accelerate(ek.create_model("emo_1m").train())
+    x = torch.randn(4, 3, 96, 96)
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        model.zero_grad()
+        model(x).sum().backward()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    counts = [new_pages() for _ in range(6)]
+    assert min(counts) * 4 < counts[0]
 
 
 def flags_of_page(address: int) -> list[str]:

@@ -38,11 +38,11 @@ def _resolve(path: str) -> Any:
 def _torch_interface() -> tuple[Any, list[tuple[Any, Any, Any]]] | None:
     """(capsule, flags), where this torch has them all."""
     try:
-        api = _resolve("torch.Tensor.__dlpack_c_exchange_api__")
         flags = [(_resolve(path), argument, answer) for path, argument, answer in _NOBODY]
     except AttributeError:
         return None
-    return (api, flags) if hasattr(forward_ad, "_current_level") else None
+    known = layout.DLPACK is not None and hasattr(forward_ad, "_current_level")
+    return (layout.DLPACK, flags) if known else None
 
 
 _INTERFACE = _torch_interface()

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emo_kernels.backends import release_memory
 from emo_kernels.measure.pairs import forward_of
 from emo_kernels.models import create_model
 
@@ -82,7 +83,7 @@ def added_megabytes(
 ) -> float | None:
     """Peak megabytes that a warm call adds to what this process holds, gradients included.
 
-    ``None`` where the system does not tell. What a kernel keeps from call to call is not counted.
+    ``None`` where the system does not tell. Maps that the kernels keep for the next call count.
 
     On Linux the call is made in a new thread, where malloc begins with nothing left over, and
     blocks of 64 KB and more are mapped: they count while they are used and no longer.
@@ -156,7 +157,8 @@ def _cuda_peak() -> float:
 
 
 def _return_free_memory() -> None:
-    """Free memory that malloc keeps would hide what a forward pass takes."""
+    """Free memory that malloc or the kernels keep would hide what a call takes."""
+    release_memory()
     with contextlib.suppress(AttributeError, OSError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
 
