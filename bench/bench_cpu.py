@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from emo_kernels.measure.budget import Budget
 from emo_kernels.measure.case import Case
 from emo_kernels.measure.charts import draw_all
 from emo_kernels.measure.child import measure_in_child
@@ -119,18 +121,22 @@ def run(
     measure: Callable[..., Row] = measure_in_child,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Row]:
-    """Measure what is not done yet until ``minutes`` are used up; Ctrl-C keeps what is there."""
-    end = clock() + 60 * minutes
+    """Measure what is not done yet within ``minutes``, shared out; Ctrl-C keeps what is there."""
+    budget = Budget(60 * minutes, len(rows), clock)
     with Progress("bench_cpu", len(rows), unit="row") as progress:
         for gate in rows:
-            left, name = end - clock(), gate.case.name
-            if left > 0 and (redo or not results.is_done(name)):
-                row = measure(gate.case, peers=peers, seconds=seconds, limit=max(left, 60.0))
+            name = gate.case.name
+            if not budget.is_over() and (redo or not results.is_done(name)):
+                limits = {"until": budget.share(), "limit": budget.limit(math.inf)}
+                row = measure(gate.case, peers=peers, seconds=seconds, **limits)
+                if row.get("late"):
+                    break
                 row |= {"gate": gate.gate, "target": gate.target}
                 results.put(row)
                 progress.say(f"{name}: {_line(row)}")
                 if row.get("interrupted"):
                     break
+            budget.done()
             progress.advance(name)
     kept = {row["name"]: row for row in results.rows}
     names = [row.case.name for row in rows]
@@ -168,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm", action="store_true", help="fill compilers' caches, time nothing")
     parser.add_argument("--peers", nargs="+", default=["all"])
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing for one row")
-    parser.add_argument("--minutes", type=float, default=60.0, help="start no row after these")
+    parser.add_argument("--minutes", type=float, default=60.0, help="that all rows share")
     parser.add_argument("--redo", action="store_true", help="measure again what is there")
     parser.add_argument("--json", type=Path, default=OUT, help=f"default: {OUT}")
     parser.add_argument("--no-charts", action="store_true")

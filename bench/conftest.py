@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,32 @@ from typing import Any
 import pytest
 import torch
 
+_BEGINS_BY = pytest.StashKey[float]()
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 pytest.register_assert_rewrite("numerics", "tolerance", "memory")
 
 from emo_kernels.measure.limits import machine_limits  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="skip what has not begun by then")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each test has a moment by which it must have begun: all have an equal share of the time.
+
+    What the tests before it left is there for it; what comes too late is skipped, not in silence.
+    """
+    minutes, start = config.getoption("--minutes"), time.monotonic()
+    if minutes is not None:
+        for place, item in enumerate(items, 1):
+            item.stash[_BEGINS_BY] = start + 60 * minutes * place / len(items)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    begins_by = item.stash.get(_BEGINS_BY, None)
+    if begins_by is not None and time.monotonic() > begins_by:
+        pytest.skip("its share of --minutes was used up by those before it")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 
 from emo_kernels.measure import row, timing
 from emo_kernels.measure.case import Case
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS
 
 TINY = Case(
     "emo_1m",

@@ -27,7 +27,7 @@ from emo_kernels.measure import (
 )
 from emo_kernels.measure.case import Case, Work
 from emo_kernels.measure.child import measure_in_child
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS, ROTATED_BYTES
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -170,7 +170,7 @@ def test_no_call_finds_its_input_in_the_caches() -> None:
     assert len({one.data_ptr() for one in inputs}) == 16
     assert inputs[0] is inputs[16] is x
     assert all(torch.equal(one, x) and one.stride() == x.stride() for one in inputs)
-    large = torch.empty(engines._ROTATED_BYTES)  # four times as many bytes
+    large = torch.empty(ROTATED_BYTES)  # four times as many bytes
     assert next(engines.rotation(large)) is large
 
 

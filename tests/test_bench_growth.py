@@ -11,7 +11,7 @@ from bench_rows import made_up
 from emo_kernels.measure import growth, results
 from emo_kernels.measure.case import Case
 from emo_kernels.measure.charts import draw_all
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS
 from emo_kernels.measure.row import Row
 
 CASE = Case("emo_1m", threads=2)
@@ -60,6 +60,20 @@ def test_a_step_is_found() -> None:
     assert list(growth.steps(rows(cliff=1.2))) == []
     (found,) = growth.steps(rows(cliff=1.3))
     assert "from side of the image 224 to 320 the time for a megapixel rises 1.30 times" in found
+    assert found.endswith("(1.00 times for eager, 1.00 times for openvino)")
+
+
+def test_a_step_of_memory_is_found() -> None:
+    measured = rows()
+    for row in measured:
+        if row["case"]["batch"] > 8:
+            row["engines"][OURS]["megabytes"] *= 1.5
+            row["engines"]["openvino"] |= {"megabytes": 7.0, "kept": True}
+    found = [step for step in growth.steps(measured) if "memory" in step]
+    assert len(found) == 1
+    assert "from batch 8 to 16 the memory for an image rises 1.50 times" in found[0]
+    batch = growth.series_of(measured)[0]
+    assert (batch.keeps("openvino"), batch.keeps(OURS)) == (True, False)
 
 
 def test_the_chart_has_a_column_for_each(tmp_path: Path) -> None:

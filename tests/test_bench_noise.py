@@ -10,7 +10,7 @@ import pytest
 from bench_rows import TINY, made_up
 
 from emo_kernels.measure import noise, ratio, results
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS
 from emo_kernels.measure.ratio import Ratio
 from emo_kernels.measure.timing import Turns, take_turns
 

@@ -15,7 +15,7 @@ import torch
 from bench_rows import TINY, made_up
 
 from emo_kernels.measure import charts, report, results, tables
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS
 
 
 def test_slower_rows_are_named() -> None:

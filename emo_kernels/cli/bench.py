@@ -6,15 +6,17 @@
 
     emo-kernels bench --quick
     emo-kernels bench emo_1m --grow --json growth.json && emo-kernels bench plot growth.json
+    emo-kernels bench emo_1m --grow --json growth.json --resume      # the rows that are missing
     emo-kernels bench compare first.json second.json --fail-over 5%
 
 Every row runs in a process of its own, where every result is held against an fp64 oracle before it
 is timed; the speed-up is over the fastest peer, with the interval that holds it in 95 % of the
 runs. Rows are saved as they come, to out/bench.json too: the last one of every case. `--quick`
-takes a minute and a half, `--grow` five: batch 1 to 64, images of 96 to 1280 pixels, and threads,
-against the fastest peers. `compare` tells how far two files differ; `plot` draws one, as PNG, SVG
-and one HTML page. `--resources` times nothing: it compiles the Triton kernels for GPUs that need
-not be here. Exit status 1: a result does not match, a row failed, or a ratio fell.
+takes a minute and a half, `--grow` twelve: batch 1 to 64, images of 96 to 1280 pixels, and threads,
+against the fastest peers; `--minutes` sets another time, which the rows share. `compare` tells how
+far two files differ; `plot` draws one, as PNG, SVG and one HTML page. `--resources` times nothing:
+it compiles the Triton kernels for GPUs that need not be here. Exit status 1: a result does not
+match, a row failed, or a ratio fell.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from emo_kernels.cli.options import (
     use_runtime,
 )
 from emo_kernels.measure import results, tables
+from emo_kernels.measure.budget import Budget
 from emo_kernels.measure.case import DTYPES, MODES, Case
 from emo_kernels.measure.child import measure_in_child
 from emo_kernels.measure.engines import check_peers
@@ -56,6 +59,7 @@ _SECONDS, _QUICK_SECONDS = 10.0, 2.0
 _MODEL = "emo_5m"
 _QUICK_MODELS, _QUICK_MODES = ("emo_1m", "emo_5m"), (("infer", [1]), ("train", [4]))
 _LONGEST = 1800.0  # seconds of a row: compilers take minutes
+_QUICK_MINUTES, _GROWTH_MINUTES = 1.4, 11.5  # 90 seconds and 12 minutes, less starting and showing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", nargs="+", metavar="NAME", help="or all (default: eager in both layouts)"
     )
     parser.add_argument("--seconds", type=float, help="of timing for one row (default: 10)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="for all rows together, which share them (default: 1.4 for --quick, 11.5 for --grow)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep rows of --json FILE measured at this commit"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -118,6 +130,10 @@ def run(args: argparse.Namespace) -> int:
         args.models = args.models or [_MODEL]
         return importlib.import_module("emo_kernels.cli.resources").run(args)  # needs triton
     device = use_runtime(args)
+    if args.resume and args.json in (None, "-"):
+        raise ValueError("--resume goes on with a file: it needs --json FILE")
+    if args.minutes is not None and args.minutes <= 0:
+        raise ValueError(f"--minutes must be more than 0, got {args.minutes}")
     peers = check_peers(args.peers or (_GROWTH_PEERS if args.grow else _PEERS))
     cases = list(_cases(args, str(device)))
     _check_models({case.model for case in cases}, settings(args))
@@ -180,11 +196,20 @@ def _measure_all(
     cases: list[Case], peers: tuple[str, ...], args: argparse.Namespace, last: Results
 ) -> tuple[Results, bool]:
     """The rows, saved after each, and whether Ctrl-C ended the run."""
-    found = Results(None if args.json in (None, "-") else Path(args.json), fresh=True)
-    seconds = args.seconds or (_QUICK_SECONDS if args.quick or args.grow else _SECONDS)
+    path = None if args.json in (None, "-") else Path(args.json)
+    found = Results(path, fresh=not args.resume)
+    budget = _budget(args, len(cases))
     with Progress("bench", len(cases), unit="row") as progress:
         for case in cases:
-            row = _measure(case, peers, seconds, args.backend, progress)
+            if args.resume and found.is_done(case.name):
+                budget.done()
+                progress.advance(case.name)
+                continue
+            row = _measure(case, peers, budget, args, progress)
+            budget.done()
+            if row.get("late") and budget.is_over():
+                progress.say(f"the time is over: not measured from {case.name} on")
+                break
             interrupted = bool(row.get("interrupted"))
             if row.get("engines") or not interrupted:
                 last.put(row)  # first: it knows how fast the machine was in other runs
@@ -196,15 +221,37 @@ def _measure_all(
     return found, False
 
 
+def _budget(args: argparse.Namespace, rows: int) -> Budget:
+    minutes = args.minutes
+    if minutes is None and args.quick:
+        minutes = _QUICK_MINUTES
+    if minutes is None and args.grow:
+        minutes = _GROWTH_MINUTES
+    return Budget(None if minutes is None else 60 * minutes, rows)
+
+
 def _measure(
-    case: Case, peers: tuple[str, ...], seconds: float, backend: str | None, progress: Progress
+    case: Case,
+    peers: tuple[str, ...],
+    budget: Budget,
+    args: argparse.Namespace,
+    progress: Progress,
 ) -> Row:
-    """One row; where memory runs out, of half the batch."""
-    row = measure_in_child(case, peers=peers, seconds=seconds, backend=backend, limit=_LONGEST)
+    """One row; where memory runs out, of half the batch. ``late`` without one in time."""
+    if budget.is_over():
+        return {"late": True}
+    row = measure_in_child(
+        case,
+        peers=peers,
+        seconds=args.seconds or (_QUICK_SECONDS if args.quick or args.grow else _SECONDS),
+        backend=args.backend,
+        until=budget.share(),
+        limit=budget.limit(_LONGEST),
+    )
     if row.get("out_of_memory") and case.batch > 1:
         half = replace(case, batch=case.batch // 2)
         progress.say(f"{case.name}: {row['error']}; trying batch {half.batch}")
-        row = _measure(half, peers, seconds, backend, progress) | {"halved_from": case.batch}
+        row = _measure(half, peers, budget, args, progress) | {"halved_from": case.batch}
     return row
 
 

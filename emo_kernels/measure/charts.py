@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS
 from emo_kernels.measure.files import write_atomically
 from emo_kernels.measure.growth_chart import growth
 from emo_kernels.measure.results import milliseconds

@@ -38,14 +38,17 @@ def measure_in_child(
     peers: Sequence[str],
     seconds: float,
     backend: str | None = None,
+    until: float | None = None,
     limit: float = 600.0,
 ) -> Row:
     """:func:`measure` in a child process; a crash or more than ``limit`` seconds is a row too.
 
-    Such a row is ``failed``, with its ``error`` and whether it was ``out_of_memory``. After Ctrl-C,
+    Such a row is ``failed``, with its ``error``, whether it was ``out_of_memory``, and ``late``
+    where it took more than ``limit``. After Ctrl-C,
     which the child gets as well, the row has the rounds there were, and ``interrupted``.
     """
     request = {"case": asdict(case), "peers": list(peers), "seconds": seconds, "backend": backend}
+    request["until"] = until
     row: Row = {"name": case.name, "case": asdict(case), "status": "failed", "interrupted": False}
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
@@ -57,7 +60,7 @@ def measure_in_child(
         try:
             child.wait(limit)
         except subprocess.TimeoutExpired:
-            row["error"] = f"took more than {limit:.0f} s"
+            row |= {"late": True, "error": f"took more than {limit:.0f} s"}
         except KeyboardInterrupt:
             row |= {"interrupted": True, "error": "interrupted before anything was timed"}
             with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
@@ -66,7 +69,8 @@ def measure_in_child(
             child.kill()
             status = child.wait()
         if answer.is_file():
-            row.pop("error", None)
+            for gone in ("error", "late"):
+                row.pop(gone, None)
             row |= json.loads(answer.read_text())
         elif "error" not in row:
             row |= _death(status)
@@ -115,6 +119,7 @@ def main(arguments: Sequence[str]) -> None:
             peers=asked["peers"],
             seconds=asked["seconds"],
             backend=asked["backend"],
+            until=asked["until"],
         )
     except Exception as error:  # the row says what went wrong
         row = {"status": "failed", "error": short(error), "out_of_memory": is_out_of_memory(error)}

@@ -8,11 +8,9 @@ not apply or fails to build is absent, with its reason; it is never left out in 
 from __future__ import annotations
 
 import difflib
-import io
 import itertools
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,33 +18,15 @@ from torch import Tensor, nn
 
 from emo_kernels.accelerate import accelerate
 from emo_kernels.explain import explain
+from emo_kernels.measure.cache import compiled_mark
 from emo_kernels.measure.case import Case, Work
+from emo_kernels.measure.engine import OURS, Engine, rotation
 from emo_kernels.measure.gpu_peers import attend_with_natten, captured
 from emo_kernels.measure.pairs import channels_last
+from emo_kernels.measure.runtimes import onnxruntime_engine, openvino_engine
 
-OURS = "emo_kernels"
 # Engines that no environment variable limits to an instruction set.
 UNLIMITED = ("onnxruntime",)
-_COPIES, _ROTATED_BYTES = 16, 32 * 2**20
-
-
-@dataclass
-class Engine:
-    """One that takes part.
-
-    Attributes:
-        call: a forward pass or a training step.
-        module: holds the gradients in training; ``None`` for an engine that is not torch's.
-        note: what there is to say of it.
-        peaks: the memory of a call is taken in the call, not when the engine is built.
-        saves: autograd's hooks see what its forward pass keeps for backward.
-    """
-
-    call: Callable[[], Tensor]
-    module: nn.Module | None = None
-    note: str = ""
-    peaks: bool = True
-    saves: bool = True
 
 
 @dataclass
@@ -68,13 +48,19 @@ def build_engines(
     *,
     backend: str | None = None,
     on_build: Callable[[str], None] = lambda name: None,
+    in_a_hurry: bool = False,
 ) -> Engines:
-    """Ours and ``peers``, each of :func:`peer_names`, ready to run; ``on_build`` hears of each."""
+    """Ours and ``peers``, each of :func:`peer_names`, ready to run; ``on_build`` hears of each.
+
+    ``in_a_hurry`` leaves out what takes minutes to build.
+    """
     case, engines = work.case, Engines()
     torch.set_num_threads(case.threads)
     for name in (OURS, *peers):
         on_build(name)
         reason = _does_not_apply(name, case)
+        if reason is None and in_a_hurry:
+            reason = _takes_minutes(name, case)
         if reason is not None:
             engines.absent[name] = reason
             continue
@@ -128,6 +114,12 @@ def check_peers(names: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
+def _takes_minutes(name: str, case: Case) -> str | None:
+    if name != "compile" or compiled_mark(case).is_file():
+        return None
+    return "not compiled yet, which takes minutes: bench_cpu.py --warm, or bench without a limit"
+
+
 def _does_not_apply(name: str, case: Case) -> str | None:
     if name in ("onnxruntime", "openvino"):
         if case.trains:
@@ -137,12 +129,6 @@ def _does_not_apply(name: str, case: Case) -> str | None:
     if name == "cuda graphs" and case.device == "cpu":
         return "a GPU's"
     return None
-
-
-def rotation(x: Tensor) -> Iterator[Tensor]:
-    """Equal inputs in turn, each in memory of its own: no call finds its input in the caches."""
-    copies = max(1, min(_COPIES, _ROTATED_BYTES // max(1, x.numel() * x.element_size())))
-    return itertools.cycle([x, *(x.clone() for _ in range(1, copies))])
 
 
 # ------------------------------------------------------------------------------ engines of PyTorch
@@ -239,62 +225,30 @@ def _compile(work: Work) -> Engine:
         torch.compiler.cudagraph_mark_step_begin()
         return compiled(x)
 
-    if not inference:
+    if inference:
+        inputs = rotation(x)
+
+        def run() -> Tensor:
+            with torch.no_grad():  # freezing does not take inference mode
+                return forward(next(inputs))
+
+        engine = Engine(run, module)
+    else:
         engine = _torch_engine(work, module, x, forward)
         engine.saves = False
-        return engine
-    inputs = rotation(x)
-
-    def run() -> Tensor:
-        with torch.no_grad():  # freezing does not take inference mode
-            return forward(next(inputs))
-
-    return Engine(run, module)
-
-
-# ------------------------------------------------------------------------------------ other engines
-
-
-def _onnxruntime(work: Work) -> Engine:
-    import onnxruntime
-
-    if work.x.dtype != torch.float32:
-        raise NotImplementedError("compared in fp32: its CPU provider has no bf16 convolution")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = work.case.threads
-    options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(work.onnx, options, providers=["CPUExecutionProvider"])
-    name, inputs = session.get_inputs()[0].name, rotation(work.x.contiguous())
-    return Engine(lambda: torch.from_numpy(session.run(None, {name: next(inputs).numpy()})[0]))
-
-
-def _openvino(work: Work) -> Engine:
-    os.environ.setdefault("OPENVINO_TELEMETRY_ENABLE", "0")
-    import openvino
-
-    model = openvino.Core().read_model(io.BytesIO(work.onnx))
-    settings = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f16"}.get(work.case.dtype, "bf16"),
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": work.case.threads,
-    }
-    request = openvino.compile_model(model, "CPU", settings).create_infer_request()
-    inputs = rotation(work.x.float().contiguous())
-
-    def run() -> Tensor:
-        arrays = {0: next(inputs).numpy()}
-        result = request.infer(arrays, share_inputs=True, share_outputs=True)
-        return torch.from_numpy(result[0])
-
-    return Engine(run)
+    engine.call()
+    mark = compiled_mark(work.case)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    return engine
 
 
 _BUILDERS: dict[str, Callable[[Work], Engine]] = {
     "eager": _eager,
     "eager channels_last": _eager_channels_last,
     "compile": _compile,
-    "onnxruntime": _onnxruntime,
-    "openvino": _openvino,
+    "onnxruntime": onnxruntime_engine,
+    "openvino": openvino_engine,
     "cuda graphs": _cuda_graphs,
     "natten": _natten,
 }

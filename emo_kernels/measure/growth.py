@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from emo_kernels.measure.case import Case
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS
 from emo_kernels.measure.results import milliseconds
 from emo_kernels.measure.row import Row
 
@@ -89,6 +89,10 @@ class Series:
         entries = [(row, row["engines"].get(engine, {}).get("megabytes")) for row in self.rows]
         return [(self.axis.of(r), m / self.axis.share(r)) for r, m in entries if m is not None]
 
+    def keeps(self, engine: str) -> bool:
+        """Whether its megabytes hold what it keeps from call to call, too."""
+        return any(row["engines"].get(engine, {}).get("kept") for row in self.rows)
+
     @property
     def name(self) -> str:
         """What its rows share."""
@@ -117,13 +121,36 @@ def _longest(rows: list[Row], axis: Axis) -> Series | None:
 
 
 def steps(rows: list[Row]) -> Iterator[str]:
-    """Where our cost for each image or pixel rises by more than :data:`STEP`: a cache is left."""
+    """Where our cost for each image or pixel rises by more than :data:`STEP`: a cache is left.
+
+    And by how much the peers' does there: what all share is the machine's, not a kernel's.
+    """
     for series in series_of(rows):
         if series.axis.name == "threads":
             continue
-        for (a, before), (b, after) in itertools.pairwise(series.time(OURS)):
-            if after > STEP * before:
+        engines = list(dict.fromkeys(name for row in series.rows for name in row["engines"]))
+        for what, lines in (
+            ("time", {name: series.time(name) for name in engines}),
+            ("memory", {name: series.memory(name) for name in engines}),
+        ):
+            for a, b, rise in _rises(lines[OURS]):
+                if rise <= STEP:
+                    continue
+                others = [
+                    f"{other:.2f} times for {name}"
+                    for name in engines
+                    for c, d, other in _rises(lines[name])
+                    if name != OURS and (c, d) == (a, b)
+                ]
+                beside = f" ({', '.join(others)})" if others else ""
                 yield (
-                    f"{series.name}: from {series.axis.name} {a} to {b} the time for "
-                    f"{series.axis.unit} rises {after / before:.2f} times"
+                    f"{series.name}: from {series.axis.name} {a} to {b} the {what} for "
+                    f"{series.axis.unit} rises {rise:.2f} times{beside}"
                 )
+
+
+def _rises(line: list[tuple[int, float]]) -> Iterator[tuple[int, int, float]]:
+    """(place, next place, how many times the cost is) along a line."""
+    for (a, before), (b, after) in itertools.pairwise(line):
+        if before > 0:
+            yield a, b, after / before

@@ -6,11 +6,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS
 from emo_kernels.measure.growth import Series, series_of
 from emo_kernels.measure.row import Row
 from emo_kernels.measure.style import FAINT, GRID, INK, WIDTH, colour, frame, legend
-from emo_kernels.measure.tables import engines_of, title
+from emo_kernels.measure.tables import KEPT, engines_of, title
+
+MEMORY = "peak MB"
 
 
 def growth(rows: list[Row]) -> Figure | None:
@@ -22,9 +24,11 @@ def growth(rows: list[Row]) -> Figure | None:
     panels = figure.subplots(2, len(series), squeeze=False)
     for column, one in enumerate(series):
         _draw(panels[0][column], one, "ms", {e: one.time(e) for e in engines_of(rows)})
-        _draw(panels[1][column], one, "peak MB", {e: one.memory(e) for e in engines_of(rows)})
+        _draw(panels[1][column], one, MEMORY, {e: one.memory(e) for e in engines_of(rows)})
         panels[0][column].set_title(one.name, fontsize=7.5, color=FAINT, loc="left")
     legend(figure, panels[0][0])
+    if any(one.keeps(engine) for one in series for engine in engines_of(rows)):
+        figure.supxlabel(f"dotted: {KEPT}", fontsize=7.5, color=FAINT)
     return figure
 
 
@@ -32,7 +36,8 @@ def _draw(axes: Axes, series: Series, what: str, lines: dict[str, list[tuple[int
     for engine, points in lines.items():
         if points:
             width = 2.2 if engine == OURS else 1.3
-            axes.plot(*zip(*points, strict=True), "o-", ms=3.5, lw=width, color=colour(engine))
+            form = "o:" if what == MEMORY and series.keeps(engine) else "o-"
+            axes.plot(*zip(*points, strict=True), form, ms=3.5, lw=width, color=colour(engine))
             axes.lines[-1].set_label(title(engine))
     frame(axes)
     axes.set_ylabel(f"{what} {series.axis.unit}".strip(), fontsize=8.5, color=INK)

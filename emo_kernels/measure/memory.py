@@ -110,6 +110,27 @@ def _added_resident(call: Callable[[], object], module: nn.Module) -> float | No
     return max(_resident()[1] - before, 0.0)  # the system's counters lag some pages behind
 
 
+def kept_megabytes(build: Callable[[], Callable[[], object]]) -> float | None:
+    """Megabytes from before an engine is built to the peak of its second call.
+
+    For one that keeps what it takes: its weights, packed or not, its code, its feature maps.
+    """
+    with _large_blocks_mapped(), ThreadPoolExecutor(1) as thread:
+        return thread.submit(_kept_resident, build).result()
+
+
+def _kept_resident(build: Callable[[], Callable[[], object]]) -> float | None:
+    _return_free_memory()
+    before, _ = _resident()
+    call = build()
+    call()
+    _return_free_memory()
+    if not _reset_peak():  # what building alone needed does not count
+        return None
+    call()
+    return max(_resident()[1] - before, 0.0)
+
+
 @contextlib.contextmanager
 def _large_blocks_mapped() -> Iterator[None]:
     """glibc's malloc maps large blocks, and unmaps them when they are freed."""

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
+from emo_kernels.measure import cache
 from emo_kernels.measure.case import Work
 from emo_kernels.measure.engines import OURS, Engines, short
 from emo_kernels.measure.files import write_atomically
 from emo_kernels.measure.pairs import compare
 
-_PACKAGE = Path(__file__).parents[1]
-_CODE = ("reference", "nn", "models", "spec.py", "measure/case.py", "measure/oracle.py")
 _PEERS_WITHIN = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # A batch norm in front of another has a gradient that is zero but for its eps: fp32 has nothing of
 # it. Where plain eager's relative error is larger than this, a gradient is not compared.
@@ -28,7 +23,7 @@ Result = dict[str, Tensor]  # "result": the output or the loss; in training each
 
 def exact(work: Work) -> Result:
     """The result in fp64; kept on disk, for a step of batch 32 takes half a minute."""
-    path = _cache() / f"oracle-{_code()}-{work.digest()}.pt"
+    path = cache.directory() / f"oracle-{cache.code()}-{work.digest()}.pt"
     if path.is_file():
         found: Result = torch.load(path, weights_only=True)
         return found
@@ -125,18 +120,3 @@ def _judge_step(got: Result, usual: Result, want: Result, ours: bool) -> Verdict
 
 def _distance(got: Tensor, want: Tensor) -> float:
     return float((got.double().cpu() - want.cpu()).norm() / (want.norm() or 1.0))
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "emo_kernels" / "bench"
-
-
-def _code() -> str:
-    """Of the sources that compute the exact result."""
-    digest = hashlib.sha256()
-    for place in _CODE:
-        path = _PACKAGE / place
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS
 from emo_kernels.measure.files import write_json
 from emo_kernels.measure.machine import machine
 from emo_kernels.measure.noise import mark_slow

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS
 from emo_kernels.measure.results import milliseconds
 from emo_kernels.measure.row import Row
 from emo_kernels.measure.style import FAINT, GRID, INK, WIDTH, colour, frame, legend

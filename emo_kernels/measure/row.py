@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from emo_kernels.measure.budget import is_late, seconds_within
 from emo_kernels.measure.case import Case, Work
 from emo_kernels.measure.engines import (
     OURS,
@@ -19,7 +20,7 @@ from emo_kernels.measure.engines import (
     short,
 )
 from emo_kernels.measure.limits import better, machine_limits
-from emo_kernels.measure.memory import added_megabytes, saved_megabytes
+from emo_kernels.measure.memory import added_megabytes, kept_megabytes, saved_megabytes
 from emo_kernels.measure.noise import Noise, complaints
 from emo_kernels.measure.oracle import in_words, judge
 from emo_kernels.measure.pinning import pinned
@@ -34,7 +35,12 @@ MEMORY_PEERS = ("eager", "eager channels_last")
 
 
 def measure(
-    case: Case, *, peers: Sequence[str], seconds: float = 10.0, backend: str | None = None
+    case: Case,
+    *,
+    peers: Sequence[str],
+    seconds: float = 10.0,
+    backend: str | None = None,
+    until: float | None = None,
 ) -> Row:
     """One row: what :class:`Case` asks for, of ours and of ``peers``.
 
@@ -42,6 +48,9 @@ def measure(
     ``absent`` (ours does not run it, for the reason in ``absent``) or ``warm`` (without
     ``seconds`` nothing is timed, but compilers have filled their caches). ``ratio`` is the best
     peer's time over ours, ``ratio_low`` to ``ratio_high`` hold it with 95 %, over rounds.
+
+    ``until`` is the moment (of ``time.monotonic``) by which the row should be done: then it has
+    fewer rounds, no peer that takes minutes to build, and the memory of fewer engines.
     """
     started = time.perf_counter()
     row: Row = {"name": case.name, "case": asdict(case), "started": time.time(), "engines": {}}
@@ -52,14 +61,18 @@ def measure(
     if case.mode == "memory":
         row |= _memory(work, peers, backend)
     else:
-        row |= _times(work, peers, seconds, backend)
+        row |= _times(work, peers, seconds, backend, until)
     return row | {"wall_seconds": round(time.perf_counter() - started, 1)}
 
 
-def _times(work: Work, peers: Sequence[str], seconds: float, backend: str | None) -> Row:
+def _times(
+    work: Work, peers: Sequence[str], seconds: float, backend: str | None, until: float | None
+) -> Row:
     case = work.case
     with Progress(f"{case.name}: building", 2 + len(peers), unit="engine") as progress:
-        engines = build_engines(work, peers, backend=backend, on_build=progress.advance)
+        engines = build_engines(
+            work, peers, backend=backend, on_build=progress.advance, in_a_hurry=until is not None
+        )
         progress.advance("the fp64 oracle")
         verdicts = judge(work, engines)
     for name in [n for n in engines.run if n != OURS and not verdicts[n]["match"]]:
@@ -71,9 +84,11 @@ def _times(work: Work, peers: Sequence[str], seconds: float, backend: str | None
         return row | {"status": "mismatch", "engines": {OURS: verdicts[OURS]}}
     if seconds <= 0:
         return row | {"status": "warm"}
-    row |= _timed(engines, case, seconds)
+    row |= _timed(engines, case, seconds_within(seconds, until))
     for name, entry in row["engines"].items():
-        entry |= verdicts[name] | _memory_of(engines.run[name], work)
+        entry |= verdicts[name]
+        if not is_late(until):
+            entry |= _memory_of(engines.run[name], work)
     return row | _summary(row, case)
 
 
@@ -120,9 +135,13 @@ def _rivals(engines: Collection[str], case: Case) -> list[str]:
 def _memory_of(engine: Engine, work: Work) -> Row:
     """Peak megabytes of a call, and in training those that autograd keeps for backward.
 
-    An engine that is no torch module keeps an arena of its own, which one call does not show, and
-    so does a CUDA graph.
+    One that is no torch module keeps what it takes: that is told, less the bytes of the weights,
+    as ``kept``. A CUDA graph keeps an arena of its own, which a call does not show.
     """
+    if engine.again is not None:
+        kept = kept_megabytes(engine.again)
+        weights = work.parameters * work.x.element_size() / 2**20
+        return {} if kept is None else {"megabytes": max(kept - weights, 0.0), "kept": True}
     if engine.module is None or not engine.peaks:
         return {}
     found: Row = {"megabytes": added_megabytes(engine.call, engine.module, work.x.device)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS
 
 WIDTH = 8.3  # inches: 1328 pixels at the resolution below, shown at 830 or so in a README
 DPI = 160

@@ -8,10 +8,11 @@ import statistics
 from collections.abc import Iterable
 
 from emo_kernels.explain import format_table
-from emo_kernels.measure.engines import OURS
+from emo_kernels.measure.engine import OURS
 from emo_kernels.measure.results import Change, milliseconds, share_of_limit
 from emo_kernels.measure.row import Row
 
+KEPT = "with what the engine keeps from call to call, less the bytes of the weights"
 _TITLES = {
     OURS: "emo_kernels",
     "onnxruntime": "ONNX Runtime",
@@ -148,7 +149,8 @@ def _memory_lines(rows: list[Row]) -> list[str]:
         return []
     head = ("MB at the peak of a call (kept for backward)", *map(title, engines))
     body = [[row["name"], *(_megabytes(row, engine) for engine in engines)] for row in timed]
-    return ["", format_table(head, body)]
+    noted = [f"* {KEPT}"] if any("*" in cell for line in body for cell in line[1:]) else []
+    return ["", format_table(head, body), *noted]
 
 
 def _megabytes(row: Row, engine: str) -> str:
@@ -156,7 +158,8 @@ def _megabytes(row: Row, engine: str) -> str:
     if entry.get("megabytes") is None or "median" not in entry:
         return "–"
     saved = f" ({entry['saved_megabytes']:.1f})" if "saved_megabytes" in entry else ""
-    return f"{entry['megabytes']:.1f}{saved}"
+    kept = "*" if entry.get("kept") else ""
+    return f"{entry['megabytes']:.1f}{kept}{saved}"
 
 
 def changes_text(changes: list[Change]) -> str:
@@ -191,7 +194,7 @@ def as_csv(rows: list[Row]) -> str:
     names = ["model", "engine", "dtype", "threads", "isa", "block"]
     names += [f"{mode}_{column}" for mode in modes for column in _COLUMNS]
     names += ["param_count", "p10", "p90", "error", "match", "peak_megabytes", "saved_megabytes"]
-    names += ["status"]
+    names += ["keeps", "status"]
     out = io.StringIO()
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
     writer.writeheader()
@@ -203,8 +206,9 @@ def as_csv(rows: list[Row]) -> str:
             shared["param_count"] = round(row["parameters"] / 1e6, 2)
         for engine, entry in row.get("engines", {}).items():
             line = {"engine": engine, "peak_megabytes": entry.get("megabytes", "")}
-            kept = ("p10", "p90", "error", "match", "saved_megabytes")
-            line |= {name: entry.get(name, "") for name in kept}
+            told = ("p10", "p90", "error", "match", "saved_megabytes")
+            line |= {name: entry.get(name, "") for name in told}
+            line |= {"keeps": KEPT} if entry.get("kept") else {}
             if "median" in entry:
                 line |= _timm(row, entry["median"])
             writer.writerow(shared | line)
