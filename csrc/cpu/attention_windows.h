@@ -129,10 +129,18 @@ EMO_INLINE Blocked<T> from_row(Blocked<T> map, int64_t row) {
   return map;
 }
 
+// Tokens that a product takes by panels: all but one that would have a panel to itself, as the last
+// of 7 x 7 has.
+template <class T>
+EMO_INLINE int64_t tokens_in_panels(int64_t tokens) {
+  return tokens % kPanel<T> == 1 && tokens > 1 ? tokens - 1 : tokens;
+}
+
 // `tokens` rows of a map from `row` on, transposed: (channels, tokens).
 template <class T>
 void transpose_rows(const Blocked<T>& map, int64_t row, int64_t tokens, const Blocked<T>& to) {
   constexpr int64_t P = kPanel<T>;
+  tokens = tokens_in_panels<T>(tokens);
   for (int64_t t = 0; t < tokens; t += P) {
     for (int64_t p = 0; p < map.panels(); ++p) {
       pack_panel<T>(map.panel(p) + (row + t) * P, min(P, tokens - t), map.channels(p),
@@ -141,8 +149,27 @@ void transpose_rows(const Blocked<T>& map, int64_t row, int64_t tokens, const Bl
   }
 }
 
+// The pixels of `count` windows from `first` on.
+EMO_INLINE void list_pixels(const WindowPlan& plan, int64_t first, int64_t count, int64_t* pixels) {
+  for (int64_t i = 0; i < count * plan.tokens; ++i) {
+    pixels[i] = plan.pixel(first + i / plan.tokens, i % plan.tokens);
+  }
+}
+
+constexpr int64_t kPixelsAhead = 4;  // of the one at hand: a fetch from memory lasts about as long
+
+// Asks for the pixel that comes kPixelsAhead behind pixel i of a window: its neighbours in memory
+// are those of another window, the hardware fetches none of them ahead.
+template <class S>
+EMO_INLINE void fetch_pixel(const S* map, int64_t C, const int64_t* pixels, int64_t i,
+                            int64_t rows) {
+  if (i + kPixelsAhead >= rows || pixels[i + kPixelsAhead] < 0) return;
+  const S* const from = map + pixels[i + kPixelsAhead] * C;
+  for (int64_t c = 0; c < C; c += 64 / sizeof(S)) fetch(from + c);
+}
+
 // Columns [channel, channel + slice.columns) of a dense map, row by row as `pixels` says; padding
-// from `padding`, or zero.
+// from `padding`, or zero. Asks for the columns behind them, the next head's.
 template <class T, class S>
 void gather(const S* map, int64_t C, int64_t channel, const int64_t* pixels, int64_t rows,
             const T* padding, const Blocked<T>& slice) {
@@ -152,6 +179,7 @@ void gather(const S* map, int64_t C, int64_t channel, const int64_t* pixels, int
     const S* const from = pixels[i] >= 0 ? map + pixels[i] * C + channel : nullptr;
     each_lane_of<T>(slice.columns, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
       T* const to = slice.panel(c / P) + i * P + c % P;
+      if (from) fetch(from + slice.columns + c);
       store(to, from      ? load_as<V>(from + c, count)
                 : padding ? load_as<V>(padding + channel + c, count)
                           : V{});
@@ -180,28 +208,26 @@ void scatter(const Blocked<T>& slice, const int64_t* pixels, int64_t rows, bool 
 template <class T, class F>
 EMO_INLINE void each_score(int64_t tokens, int64_t stride, F f) {
   constexpr int64_t P = kPanel<T>;
-  for (int64_t t = 0; t < tokens; t += kLanesOf<T>) {
-    f(t / P * stride + t % P, min<int64_t>(kLanesOf<T>, tokens - t));
+  for (int64_t panel = 0; tokens > 0; tokens -= P, panel += stride) {
+    each_lane_of<T>(min(P, tokens), [&](int64_t lane, int64_t) __attribute__((always_inline)) {
+      f(panel + lane, tokens - lane);
+    });
   }
 }
 
-// softmax(scale s) of one row in place.
+// softmax(scale s) of one row in place, zero up to a whole vector.
 template <class T>
 void softmax_row(T* scores, int64_t tokens, int64_t stride, T scale) {
   constexpr int kLanes = kLanesOf<T>;
   using V = Vec<T, kLanes>;
-  V most = splat<V>(scores[0]);
+  const V lowest = splat<V>(-static_cast<T>(__builtin_inff()));
+  V most = lowest;
   each_score<T>(tokens, stride, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
     V v = load<V>(scores + at);
-    if (count < kLanes) {
-      for (int64_t i = count; i < kLanes; ++i) v[i] = scores[0];
-    }
+    if (count < kLanes) v = first_lanes<V, T>(v, count, lowest);
     most = v > most ? v : most;
   });
-  T lanes[kLanes];
-  store(lanes, most);
-  T largest = lanes[0];
-  for (int i = 1; i < kLanes; ++i) largest = max(largest, lanes[i]);
+  const T largest = max_lanes<V, T>(most);
   V sum{};
   each_score<T>(tokens, stride, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
     V e = exponential<T>((load<V>(scores + at) - largest) * scale);
@@ -222,9 +248,9 @@ void softmax_row_backward(const T* p, T* dp, int64_t tokens, int64_t stride, T s
   using V = Vec<T, kLanes>;
   V sum{};
   each_score<T>(tokens, stride, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
-    V product = load<V>(p + at) * load<V>(dp + at);
-    if (count < kLanes) product = first_lanes<V, T>(product, count);
-    sum += product;
+    V d = load<V>(dp + at);
+    if (count < kLanes) d = first_lanes<V, T>(d, count);
+    sum = fma(load<V>(p + at), d, sum);
   });
   const T dot = sum_lanes<V, T>(sum);
   each_score<T>(tokens, stride, [&](int64_t at, int64_t) __attribute__((always_inline)) {
@@ -232,11 +258,28 @@ void softmax_row_backward(const T* p, T* dp, int64_t tokens, int64_t stride, T s
   });
 }
 
-// c = a b^T-like: rows of a (columns: K) times a transposed map, panel by panel of its tokens.
+// scores = a b^T for `queries` rows of a from `row` on and `tokens` rows of b from `key` on, which
+// transpose_rows has put into `transposed`.
 template <class T>
-void scores_of(const Blocked<T>& a, int64_t row, int64_t queries, const Blocked<T>& keys, int64_t K,
-               const Blocked<T>& scores) {
-  multiply_all(a.data + row * kPanel<T>, a.stride(), K, queries, keys, 0, scores, false);
+void scores_of(const Blocked<T>& a, int64_t row, int64_t queries, const Blocked<T>& b, int64_t key,
+               int64_t tokens, const Blocked<T>& transposed, const Blocked<T>& scores) {
+  using V = Vec<T, kLanesOf<T>>;
+  constexpr int64_t P = kPanel<T>;
+  Blocked<T> whole = scores;
+  whole.columns = tokens_in_panels<T>(tokens);
+  multiply_all(a.data + row * P, a.stride(), a.columns, queries, transposed, 0, whole, false);
+  for (int64_t t = whole.columns; t < tokens; ++t) {
+    for (int64_t i = 0; i < queries; ++i) {
+      V sum{};
+      each_lane_of<T>(a.columns, [&](int64_t c, int64_t count) __attribute__((always_inline)) {
+        const int64_t at = c / P * a.stride() + c % P;
+        const V product =
+            load<V>(a.data + at + (row + i) * P) * load<V>(b.data + at + (key + t) * P);
+        sum += count < kLanesOf<T> ? first_lanes<V, T>(product, count) : product;
+      });
+      scores.panel(t / P)[i * P + t % P] = sum_lanes<V, T>(sum);
+    }
+  }
 }
 
 }  // namespace

@@ -90,8 +90,8 @@ void attend_backward(const Layout<T>& l, int64_t row, int64_t d) {
   transpose_rows(l.v, row, tokens, l.values);
   for (int64_t q0 = 0; q0 < tokens; q0 += kQueries) {
     const int64_t queries = min(kQueries, tokens - q0), first = row + q0;
-    scores_of(l.q, first, queries, l.keys, d, l.p);
-    scores_of(l.g, first, queries, l.values, l.value_dim, l.ds);
+    scores_of(l.q, first, queries, l.k, row, tokens, l.keys, l.p);
+    scores_of(l.g, first, queries, l.v, row, tokens, l.values, l.ds);
     for (int64_t i = 0; i < queries; ++i) {
       softmax_row(l.p.data + i * P, tokens, l.p.stride(), scale);
       softmax_row_backward(l.p.data + i * P, l.ds.data + i * P, tokens, l.p.stride(), scale);
@@ -200,8 +200,9 @@ void run_windows(const Call& c, const Layout<T>& l, const WindowPlan& plan, bool
   constexpr int64_t P = kPanel<T>;
   const int64_t rows = count * plan.tokens, Z = c.v ? c.M : c.C;
   const S* const x = static_cast<const S*>(c.x);
+  list_pixels(plan, first, count, l.pixels);
   for (int64_t i = 0; i < rows; ++i) {
-    l.pixels[i] = plan.pixel(first + i / plan.tokens, i % plan.tokens);
+    fetch_pixel(x, c.C, l.pixels, i, rows);
     T *const to = l.h.data + i * P, *const copy = l.x + i * c.C;
     if (l.pixels[i] >= 0) {
       const S* const from = x + l.pixels[i] * c.C;

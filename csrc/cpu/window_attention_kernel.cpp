@@ -55,7 +55,7 @@ void attend(const Layout<T>& l, int64_t row, int64_t d) {
   transpose_rows(l.k, row, tokens, l.keys);
   for (int64_t q0 = 0; q0 < tokens; q0 += kQueries) {
     const int64_t queries = min(kQueries, tokens - q0);
-    scores_of(l.q, row + q0, queries, l.keys, d, l.scores);
+    scores_of(l.q, row + q0, queries, l.k, row, tokens, l.keys, l.scores);
     for (int64_t i = 0; i < queries; ++i) {
       softmax_row(l.scores.data + i * P, tokens, l.scores.stride(), scale);
     }
@@ -70,8 +70,9 @@ void run_windows(const Call& c, const Layout<T>& l, const WindowPlan& plan, bool
   const int64_t rows = count * plan.tokens, d = c.head_dim, Z = c.v ? c.M : c.C;
   const S* const x = static_cast<const S*>(c.x);
   constexpr int64_t P = kPanel<T>;
+  list_pixels(plan, first, count, l.pixels);
   for (int64_t i = 0; i < rows; ++i) {
-    l.pixels[i] = plan.pixel(first + i / plan.tokens, i % plan.tokens);
+    fetch_pixel(x, c.C, l.pixels, i, rows);
     T* const to = l.h.data + i * P;
     if (l.pixels[i] >= 0) {
       l.norm.pixel(x + l.pixels[i] * c.C, i, to, l.h.stride());
