@@ -58,9 +58,9 @@ lint: $(STAMPS)/package
 
 # A quarter of an hour, whatever the machine: what comes too late is named.
 bench: $(STAMPS)/package $(STAMPS)/peers
-	$(PY) -m pytest bench/bench_operators.py bench/bench_models.py -q -rs --minutes 5 \
+	$(PY) -m pytest bench/bench_operators.py bench/bench_models.py -q -rs --minutes 4.5 \
 	  --benchmark-storage=build/bench --benchmark-autosave $(BENCH)
-	$(PY) bench/bench_cpu.py --minutes 9.5
+	$(PY) bench/bench_cpu.py --minutes 9
 
 $(STAMPS)/dependencies: pyproject.toml
 ifneq ($(strip $(VENV)),)

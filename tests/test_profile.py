@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import emo_kernels as ek
 from emo_kernels.__main__ import main
 from emo_kernels.cli import profile
 from emo_kernels.measure import breakdown, operators
+from emo_kernels.measure.backward import BackwardWalk
 from emo_kernels.measure.case import Work
 
 LIMITS: dict[str, Any] = {
@@ -61,6 +63,52 @@ def test_operators_count_what_the_blocks_count() -> None:
     assert irmb.flops == sum(part.flops for part in blocks if part.path != breakdown.REST)
 
 
+def test_a_training_step_counts_what_its_products_are() -> None:
+    """Three times the forward's, but for the gradient of the image, which nobody wants."""
+    work = Work(replace(TINY, mode="train"))
+    x, plain = work.x.contiguous(memory_format=torch.channels_last), work.copy()
+    fused = ek.accelerate(copy.deepcopy(plain), backend="cpu")
+    for model, backward in ((plain, "aten::convolution"), (fused, "emo_kernels::shrink")):
+        parts = breakdown.count(model, plain, x, trains=True)
+        found = operators.measure(model, x, parts, 2, LIMITS, work.loss)
+        want = work.gflop - 1e-9 * parts["stage0.0"].flops
+        if model is fused:  # which computes the gate again
+            want += 1e-9 * parts["stage0.1"].layers["squeeze"]
+        assert 1e-9 * sum(one.flops for one in found) == pytest.approx(want)
+        names = {one.name: one for one in found}
+        both = names[backward], names[f"{backward}_backward"]
+        assert both[1].flops > both[0].flops > 0
+        assert {len(one.seconds) for one in both} == {2}
+    assert parts["stage3.1"].backend == "cpu"
+
+
+def test_a_training_step_is_taken_apart_by_blocks() -> None:
+    work = Work(replace(TINY, mode="train"))
+    model = work.copy()
+    parts = breakdown.count(model, work.module, work.x, trains=True)
+    breakdown.measure(model, work.x, parts, 2, work.loss)
+    assert {len(some) for part in parts.values() for some in (part.seconds, part.backward)} == {2}
+    assert all(seconds > 0 for part in parts.values() for seconds in part.backward)
+    assert 1e-9 * sum(part.useful for part in parts.values()) == pytest.approx(work.gflop)
+    given, made = (work.x.new_empty(2, 40, 4, 4).numel(),) * 2
+    weights = sum(p.numel() for p in model.get_submodule("stage3.1").parameters())
+    assert parts["stage3.1"].bytes == 4 * (3 * (given + weights) + 2 * made)
+    assert all(p.grad is not None for p in model.parameters())
+    shown = breakdown.table(parts, LIMITS, "fp32")
+    assert re.search(r"^stage3.1 +reference( +[\d.]+){7}$", shown, re.MULTILINE)
+
+
+def test_a_backward_pass_is_followed_through_the_parts() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+    told: list[str] = []
+    walk = BackwardWalk("loss", lambda p: told.append(f"+{p}"), lambda p: told.append(f"-{p}"))
+    with walk.through(model, ["0", "2"]):
+        walk.backward(model(torch.randn(3, 2)).sum())
+    assert told == ["+loss", "-loss", "+2", "-2", "+0", "-0"]
+    model(torch.randn(3, 2)).sum().backward()
+    assert len(told) == 6  # nobody listens any more
+
+
 def test_an_operators_floor_by_hand() -> None:
     """A view moves nothing; a product of 2 x 3 and 3 x 4 numbers moves 26 of them."""
     product = torch.nn.Linear(3, 4, bias=False)
@@ -91,6 +139,20 @@ def test_profile_tells_operators_and_blocks_and_writes_traces(
     assert {"irmb stage3.1", "conv_norm_act stage0.0", "emo_kernels::irmb"} <= names["accelerated"]
     assert {"irmb stage3.1", "expand stage3.1.v", "shrink stage3.1.proj"} <= names["plain"]
     assert "emo_kernels::irmb" not in names["plain"]
+
+
+def test_profile_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(profile, "machine_limits", lambda device: LIMITS)
+    assert main([*ARGV, "--batch", "2", "--mode", "train", "--trace", str(tmp_path)]) == 0
+    plain, accelerated = capsys.readouterr().out.split("accelerated, 1 training steps")
+    for words in ("aten::convolution_backward", "forward  backward", "% of floor"):
+        assert words in plain
+    for words in ("emo_kernels::expand_backward", "emo_kernels::shrink_backward"):
+        assert re.search(rf"^{words} +cpu +\d", accelerated, re.MULTILINE)
+    names = ranges(tmp_path / "accelerated.json")
+    assert {"irmb stage3.1", "irmb stage3.1 backward", "conv_norm_act stage0.0 backward"} <= names
 
 
 def ranges(path: Path) -> set[str]:

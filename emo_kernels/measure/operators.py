@@ -1,4 +1,4 @@
-"""Where the time of a forward pass goes, torch operator by torch operator, each timed alone."""
+"""Where the time of a pass or a training step goes, torch operator by operator, each alone."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from emo_kernels.explain import format_table
-from emo_kernels.measure.breakdown import REST, Part, floor_seconds
+from emo_kernels.measure.backward import BackwardWalk
+from emo_kernels.measure.breakdown import REST, Loss, Part, floor_seconds
 
 _OURS = "emo_kernels"
 
 
 @dataclass
 class Operator:
-    """All calls of one torch operator in a forward pass.
+    """All calls of one torch operator in a forward pass, or a training step.
 
     Attributes:
         name: such as ``aten::convolution`` or ``emo_kernels::irmb``.
@@ -83,10 +84,10 @@ class _Timer(TorchDispatchMode):
         ours = name.startswith(_OURS)
         backend = str(args[-1]) if ours and isinstance(args[-1], str) else "PyTorch"
         if ours:
-            flops = self.parts[self.within[-1] if self.within else REST].flops
+            path = self.within[-1] if self.within else REST
+            flops = _flops(name.split("::")[1], self.parts[path])
         else:
-            count = flop_registry.get(func._overloadpacket)
-            flops = int(count(*args, **(kwargs or {}), out_val=out)) if count else 0
+            flops = _torch_flops(func, args, kwargs or {}, out)
         self._add(name, backend, seconds, flops, _bytes(func, args, kwargs, out))
         return out
 
@@ -101,10 +102,44 @@ class _Timer(TorchDispatchMode):
         one.floors.append(self.floor(flops, moved))
 
 
+def _flops(name: str, part: Part) -> int:
+    """Of one of our operators in a part of the model: those of the layers that it computes.
+
+    A backward pass costs two forwards of products, of which the stem's image needs one. A squeeze
+    is a mean: the products with it are torch's.
+    """
+    if name.startswith("squeeze"):
+        return 0
+    passes = 1 if "backward" not in name or name.startswith("conv_norm_act") else 2
+    if name.startswith(part.operator):
+        return passes * part.flops
+    fused = ("expand", "depthwise_conv2d") if name.startswith("expand_depthwise") else ()
+    names = fused or [layer for layer in part.layers if name.startswith(layer)]
+    return passes * sum(part.layers.get(layer, 0) for layer in names)
+
+
+def _torch_flops(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> int:
+    """Of a torch operator, as torch counts them.
+
+    Not the gradients of a convolution: torch 2.13 counts those of a depthwise one as if it were
+    dense.
+    """
+    if func._schema.name == "aten::convolution_backward":
+        grad, _, weight, *_, wanted = args
+        return sum(wanted[:2]) * 2 * grad.numel() * weight[0].numel()
+    count = flop_registry.get(func._overloadpacket)
+    return int(count(*args, **kwargs, out_val=out)) if count else 0
+
+
 def measure(
-    model: nn.Module, x: Tensor, parts: dict[str, Part], rounds: int, limits: dict[str, Any]
+    model: nn.Module,
+    x: Tensor,
+    parts: dict[str, Part],
+    rounds: int,
+    limits: dict[str, Any],
+    loss: Loss | None = None,
 ) -> list[Operator]:
-    """The operators of ``rounds`` forward passes, the longest first."""
+    """The operators of ``rounds`` forward passes, or with a loss training steps, longest first."""
 
     def floor(flops: int, moved: int) -> float:
         return floor_seconds(flops, moved, limits, "fp32")
@@ -114,10 +149,15 @@ def measure(
             torch.cuda.synchronize()
 
     timer = _Timer(parts, floor, synchronize)
-    with _paths(model, timer), timer:
+    walk = BackwardWalk(REST, timer.within.append, lambda path: timer.within.pop())
+    paths = [path for path in parts if path != REST]
+    with _paths(model, timer), walk.through(model, paths), timer:
         for _ in range(rounds):
             timer.rounds += 1
-            model(x)
+            out = model(x)
+            if loss is not None:
+                model.zero_grad(set_to_none=True)
+                walk.backward(loss(out))
     return sorted(timer.operators.values(), key=lambda one: -one.median)
 
 
