@@ -8,7 +8,8 @@ A family of kernels is a module with ``FUNCTIONS`` and, for each of its ``layers
 operands ``tensors_of(layer, n, dtype, device)``, a backend's call ``call_of(namespace, function,
 tensors, layer)``, what else computes the same, ``rivals(function, tensors, layer)``, and the
 ``maps(function, tensors, layer)`` that a call must move. It may have a ``refusal(layer, dtype,
-device)``: why the kernels leave a layer to others on this machine.
+device)``: why the kernels leave a layer to others on this machine, and a ``functions(layer,
+device)``: those of FUNCTIONS that the layer has there.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def prove(place: Place, out: Path, commit: str, save: Save) -> dict[str, Any]:
         (family, layer, function)
         for family in FAMILIES
         for layer in _layers(family, place)
-        for function in family.FUNCTIONS
+        for function in _functions(family, layer, place)
     ]
     for family, layer, function in calls:
         for dtype, kind in DTYPES.items():
@@ -115,6 +116,11 @@ def prove(place: Place, out: Path, commit: str, save: Save) -> dict[str, Any]:
         data["timings"].append(time_all(*call, 2 if place.dry else 256, place))
         save(data)
     return data
+
+
+def _functions(family: Any, layer: Any, place: Place) -> tuple[str, ...]:
+    asked = getattr(family, "functions", None)
+    return family.FUNCTIONS if asked is None else asked(layer, place.device)
 
 
 def _refusal(family: Any, layer: Any, dtype: torch.dtype, place: Place) -> str | None:

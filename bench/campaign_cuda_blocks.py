@@ -19,8 +19,9 @@ from emo_kernels.accelerate import find_blocks
 from emo_kernels.spec import IRMBSpec, IRMBWeights
 from emo_kernels.structure import BlockReading
 
-# One image shares its expanded channels out among blocks of threads.
-FUNCTIONS = ("irmb", "irmb of one image")
+# One image shares its expanded channels out among blocks of threads. Attention runs in the block's
+# own kernel or in another; which is faster is counted by the package, and measured here.
+FUNCTIONS = ("irmb", "irmb of one image", "irmb, attention inside", "irmb, attention apart")
 Tensors = namedtuple("Tensors", ("x", *IRMBWeights._fields))
 
 
@@ -86,17 +87,27 @@ def tensors_of(layer: Layer, n: int, dtype: torch.dtype, device: str) -> Any:
     return Tensors(x.contiguous(memory_format=torch.channels_last), *weights)
 
 
+def functions(layer: Layer, device: str) -> tuple[str, ...]:
+    """Those of FUNCTIONS that the layer has on this machine."""
+    t = tensors_of(layer, 1, torch.bfloat16, device)
+    inside = cuda.irmb_report(t.x, IRMBWeights(*t[1:]), layer.spec)["image"]
+    return FUNCTIONS if inside else FUNCTIONS[:2]
+
+
 def _arguments(function: str, t: Any, layer: Layer) -> tuple[Tensor, IRMBWeights, IRMBSpec]:
-    return t.x if function == "irmb" else t.x[:1], IRMBWeights(*t[1:]), layer.spec
+    return t.x[:1] if function == "irmb of one image" else t.x, IRMBWeights(*t[1:]), layer.spec
 
 
 def call_of(namespace: Any, function: str, t: Any, layer: Layer) -> Callable[[], list[Tensor]]:
     """The block in a backend's namespace."""
     arguments = _arguments(function, t, layer)
+    attends = namespace is cuda and "attention" in function
+    fits = attends and cuda.irmb_report(*arguments)["image"]  # in fp32 fewer do
+    options = {"attend": function.split()[-1]} if fits else {}
 
     def run() -> list[Tensor]:
         with torch.no_grad():
-            return [namespace.irmb(*arguments)]
+            return [namespace.irmb(*arguments, **options)]
 
     return run
 
@@ -104,6 +115,8 @@ def call_of(namespace: Any, function: str, t: Any, layer: Layer) -> Callable[[],
 def rivals(function: str, t: Any, layer: Layer) -> Iterator[tuple[str, Any, Callable[[], Any]]]:
     """(name, context, call) of whatever computes the same."""
     yield "cuda", nullcontext(), call_of(cuda, function, t, layer)
+    if "attention" in function:
+        return  # the others are timed with "irmb"
     arguments = _arguments(function, t, layer)
     if importlib.util.find_spec("triton") is not None:
         triton = importlib.import_module("emo_kernels.triton")

@@ -60,6 +60,10 @@ struct ExpandDepthwiseCall {
   Target target;
 };
 
+// Where the attention of a block runs: where it is counted to be faster, in a kernel of its own, or
+// in that of the rest.
+enum class Attend : int { kBest = 0, kApart = 1, kInside = 2 };
+
 // As cpu::IrmbCall without fp64 and attention over the expansion, in windows of one kind.
 struct IRMBCall {
   DType dtype = DType::kFloat32;
@@ -79,14 +83,20 @@ struct IRMBCall {
   Norm norm = Norm::kNone;  // kAffine: by the statistics
   Activation act = Activation::kNone;
   bool expands = true, skip = false;
+  Attend attend = Attend::kBest;
   int64_t shared_limit = 0;  // bytes that a block of threads may have
   float norm_eps = 0.0f, bn_eps = 0.0f;
   Target target;
 };
 
-// Bytes of shared memory of a block of each kernel; 0 where it is needed and does not fit.
-struct IRMBMemory {
-  int64_t block = 0, attention = 0, excite = 0;
+// How a call would run: bytes of shared memory of a block of each kernel, 0 where there is none or
+// it does not fit; whether the attention runs in the kernel of the rest, and the times counted for
+// both; the kernels' names, none where the call cannot run.
+struct IRMBReport {
+  int64_t block = 0, attention = 0, excite = 0, image = 0;
+  bool inside = false;
+  double time_inside = 0.0, time_apart = 0.0;
+  std::vector<std::string> kernels;
 };
 
 int64_t scratch_bytes(const DepthwiseCall& call);
@@ -94,7 +104,7 @@ int64_t scratch_bytes(const DepthwiseBackwardCall& call);
 int64_t scratch_bytes(const ExpandDepthwiseCall& call);
 int64_t shared_bytes(const ExpandDepthwiseCall& call);  // of a block; 0: it does not fit
 int64_t scratch_bytes(const IRMBCall& call);
-IRMBMemory shared_memory(const IRMBCall& call);
+IRMBReport report(const IRMBCall& call);
 // On the target's device and stream; a std::runtime_error names the kernel that failed.
 void launch_depthwise_conv2d(const DepthwiseCall& call);
 void launch_depthwise_conv2d_backward(const DepthwiseBackwardCall& call);

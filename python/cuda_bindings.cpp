@@ -2,6 +2,7 @@
 #include "cuda_bindings.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
 
@@ -83,18 +84,21 @@ ExpandDepthwiseCall expand_depthwise_call(int dtype, const py::tuple& pointers,
 IRMBCall irmb_sizes(int dtype, const py::tuple& sizes) {
   IRMBCall call;
   call.dtype = static_cast<DType>(dtype);
-  if (sizes.size() != 21) throw std::invalid_argument("wrong number of sizes");
-  int64_t windows = 0, norm = 0, act = 0, expands = 0, skip = 0;
-  size_all(py::tuple(sizes[py::slice(0, 19, 1)]),
-           {&call.N, &call.C, &call.H, &call.W, &call.M, &call.O, &call.K, &call.R, &call.stride,
-            &call.padding, &call.dilation, &call.head_dim, &call.window_size, &windows, &norm, &act,
-            &expands, &skip, &call.shared_limit});
+  if (sizes.size() != 22) throw std::invalid_argument("wrong number of sizes");
+  int64_t windows = 0, norm = 0, act = 0, expands = 0, skip = 0, attend = 0;
+  size_all(py::tuple(sizes[py::slice(0, 20, 1)]),
+           {&call.N,           &call.C,       &call.H,        &call.W,
+            &call.M,           &call.O,       &call.K,        &call.R,
+            &call.stride,      &call.padding, &call.dilation, &call.head_dim,
+            &call.window_size, &windows,      &norm,          &act,
+            &expands,          &skip,         &attend,        &call.shared_limit});
   call.windows = static_cast<Windows>(windows);
   call.norm = static_cast<Norm>(norm);
   call.act = static_cast<Activation>(act);
+  call.attend = static_cast<Attend>(attend);
   call.expands = expands != 0, call.skip = skip != 0;
-  call.norm_eps = sizes[19].cast<float>();
-  call.bn_eps = sizes[20].cast<float>();
+  call.norm_eps = sizes[20].cast<float>();
+  call.bn_eps = sizes[21].cast<float>();
   return call;
 }
 
@@ -146,13 +150,15 @@ void bind(py::module_& m) {
     return shared_bytes(expand_depthwise_sizes(dtype, sizes));
   });
   define(m, "irmb", &irmb_call, &launch_irmb, &walk_irmb);
-  m.def("cuda_irmb_shared_memory", [](int dtype, const py::tuple& sizes) {
-    const IRMBMemory memory = shared_memory(irmb_sizes(dtype, sizes));
-    py::dict found;
-    found["block"] = memory.block;
-    found["attention"] = memory.attention;
-    found["excite"] = memory.excite;
-    return found;
+  m.def("cuda_irmb_report", [](int dtype, const py::tuple& sizes) {
+    const IRMBReport found = report(irmb_sizes(dtype, sizes));
+    py::dict row;
+    row["block"] = found.block, row["attention"] = found.attention;
+    row["excite"] = found.excite, row["image"] = found.image;
+    row["inside"] = found.inside;
+    row["time_inside"] = found.time_inside, row["time_apart"] = found.time_apart;
+    row["kernels"] = found.kernels;
+    return row;
   });
 }
 

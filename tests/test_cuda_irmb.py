@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import memory
@@ -56,16 +57,25 @@ FEW = shapes.rows(
 )
 
 
-def call(case: Case, dtype: torch.dtype, device: str = "cpu", **changes: Any) -> Tensor:
+def call(
+    case: Case, dtype: torch.dtype, device: str = "cpu", attend: str | None = None, **changes: Any
+) -> Tensor:
     """The kernels on a case's tensors rounded to a dtype, on a device."""
     tensors = {n: None if t is None else t.to(device) for n, t in case.tensors.items()}
     rounded = {**round_all(tensors, dtype), **changes}
-    return run(function("irmb", cuda.irmb), rounded, case.options)["out"].cpu()
+    kernels = partial(cuda.irmb, attend=attend)
+    return run(function("irmb", kernels), rounded, case.options)["out"].cpu()
 
 
-def check(row: Row, dtype: str, device: str = "cpu", case: Case | None = None) -> None:
+def check(
+    row: Row,
+    dtype: str,
+    device: str = "cpu",
+    case: Case | None = None,
+    attend: str | None = None,
+) -> None:
     check_operator(
-        function("irmb", cuda.irmb),
+        function("irmb", partial(cuda.irmb, attend=attend)),
         function("irmb", reference.irmb),
         case or CASES["irmb"](row),
         DTYPES[dtype],
@@ -89,6 +99,71 @@ def check(row: Row, dtype: str, device: str = "cpu", case: Case | None = None) -
 )
 def test_output(device: str, row: Row, dtype: str) -> None:
     check(row, dtype, device)
+
+
+def report(row: Row, dtype: torch.dtype, n: int, attend: str | None = None) -> dict[str, Any]:
+    """How the kernels would run the row on n images on an H200."""
+    case = CASES["irmb"](replace(row, n=1), data="empty")
+    tensors = {n: t for n, t in case.tensors.items() if n != "x"}
+    x, weights, spec = case.tensors["x"], IRMBWeights(**tensors), case.options["spec"]
+    assert x is not None
+    limit = irmb_module._SHARED[9, 0]
+    sizes = irmb_module._sizes(x, weights, spec, limit, attend)
+    return _C.cuda_irmb_report(layout.DTYPES[dtype], (n, *sizes[1:]))
+
+
+def other_way(row: Row, dtype: str) -> str | None:
+    """Where else than test_output's kernels the attention can be, if anywhere."""
+    found = report(row, DTYPES[dtype], row.n)
+    if not found["image"]:
+        return None
+    return "apart" if found["inside"] else "inside"
+
+
+OTHER_WAYS = [
+    pytest.param(row, dtype, way, id=f"{row}-{dtype}-{way}")
+    for row in ROWS
+    for dtype in DTYPES
+    if row.head_dim and row.n and (dtype != "fp16" or row in FEW)
+    if (way := other_way(row, dtype)) is not None
+]
+
+
+@on_both
+@pytest.mark.parametrize(("row", "dtype", "attend"), OTHER_WAYS)
+def test_attention_in_the_other_kernel(device: str, row: Row, dtype: str, attend: str) -> None:
+    image = "irmb_image_kernel" in report(row, DTYPES[dtype], row.n, attend)["kernels"][0]
+    assert image == (attend == "inside")
+    check(row, dtype, device, attend=attend)
+
+
+@on_both
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("side", [4, 13], ids=["8_warps", "16_warps"])
+def test_one_kernel_has_the_bits_of_two(device: str, side: int, dtype: str) -> None:
+    """Where neither shares out the expanded channels."""
+    switches = {"norm": "layer", "act": "gelu", "head_dim": 4, "window": 5, "kernel": 5}
+    row = Row("small", c=8, m=40, o=8, h=side, w=side, n=280, **switches)
+    case = CASES["irmb"](row)
+    found = [report(row, DTYPES[dtype], row.n, attend)["kernels"] for attend in ("inside", "apart")]
+    assert [len(names) for names in found] == [1, 2], found
+    inside = call(case, DTYPES[dtype], device, "inside")
+    assert torch.equal(inside, call(case, DTYPES[dtype], device, "apart"))
+
+
+def test_which_blocks_attend_inside() -> None:
+    """Many images: where it fits twice or with 16 warps; one image: nowhere, each share attends."""
+    bf16 = torch.bfloat16
+    models = shapes.rows("5m_stage3", "5m_stage4", "1m_stage3", "1m_stage4", "2m_stage4")
+    for row in models:
+        many, one = report(row, bf16, 256), report(row, bf16, 1)
+        assert many["inside"] and many["time_inside"] <= many["time_apart"], row
+        assert not one["inside"] and one["time_apart"] < one["time_inside"], row
+        assert len(many["kernels"]) == 1 and len(one["kernels"]) == 3, row
+    (large,) = shapes.rows("5m_stage3_40x40")
+    assert report(large, bf16, 256)["image"] == 0
+    with pytest.raises(ValueError, match="does not fit into its block's kernel"):
+        report(large, bf16, 256, "inside")
 
 
 @on_both
@@ -215,8 +290,8 @@ def test_fp64_is_refused() -> None:
     assert "take float32, float16 and bfloat16" in str(refusal(row, torch.float64))
 
 
-# N C H W, M O K R, stride padding dilation, attention, norm act expands skip, limit, eps.
-SIZES = (1, 4, 3, 3, 8, 4, 3, 0, 1, 1, 1, 0, 7, 0, 0, 0, 1, 0, 232448, 1e-6, 1e-6)
+# N C H W, M O K R, stride padding dilation, attention, norm act expands skip attend, limit, eps.
+SIZES = (1, 4, 3, 3, 8, 4, 3, 0, 1, 1, 1, 0, 7, 0, 0, 0, 1, 0, 0, 232448, 1e-6, 1e-6)
 POINTERS: tuple[int | tuple[int, int], ...] = (0, 0, *[(0, 0)] * 19)
 
 
@@ -241,9 +316,9 @@ def sizes_with(**changes: int) -> tuple[float, ...]:
 )
 def test_wrong_sizes_are_named_by_the_kernels(sizes: tuple[float, ...], message: str) -> None:
     """Behind the operator's own checks: a call that does not fit together."""
-    assert _C.cuda_irmb_shared_memory(0, SIZES)["block"] > 0
+    assert _C.cuda_irmb_report(0, SIZES)["block"] > 0
     with pytest.raises(ValueError, match=message):
-        _C.cuda_irmb_shared_memory(0, sizes)
+        _C.cuda_irmb_report(0, sizes)
 
 
 def test_too_large_a_batch_is_named_by_the_kernels() -> None:
@@ -261,11 +336,11 @@ def test_published_blocks_fit_into_every_gpu(n: int) -> None:
         weights = IRMBWeights(**{n: t for n, t in case.tensors.items() if n != "x"})
         for limit in (232448, irmb_module._LEAST_SHARED):
             sizes = irmb_module._sizes(x, weights, case.options["spec"], limit)
-            found = _C.cuda_irmb_shared_memory(layout.DTYPES[torch.bfloat16], (n, *sizes[1:]))
+            found = _C.cuda_irmb_report(layout.DTYPES[torch.bfloat16], (n, *sizes[1:]))
             assert 0 < found["block"] <= limit, (row, limit)
             assert bool(found["attention"]) == bool(row.head_dim), (row, limit)
             assert bool(found["excite"]) == bool(row.se), (row, limit)
-            assert max(found.values()) <= limit
+            assert max(found[name] for name in ("attention", "excite", "image")) <= limit
 
 
 def test_a_launch_without_a_gpu_names_its_kernel() -> None:

@@ -12,11 +12,13 @@ namespace emo_kernels::cuda {
 
 template <class T>
 class Attention : public WindowHeads<T, kBlockWarps> {
+  using Heads = WindowHeads<T, kBlockWarps>;
+
  public:
   using Args = AttentionArgs<T>;
 
   EMO_KERNEL Attention(const Args& args, const Place& place, void* shared)
-      : WindowHeads<T, kBlockWarps>(args, place.group, shared) {
+      : Heads(args, place.group, shared) {
     auto rest = static_cast<uint32_t>(place.block);  // a grid has fewer
     rest /= args.plan.shares;
     const int window_w = static_cast<int>(rest % args.shape.windows_w);
@@ -32,9 +34,9 @@ class Attention : public WindowHeads<T, kBlockWarps> {
     const int share = static_cast<int>(static_cast<uint32_t>(block) % args.plan.shares);
     const int first = share * args.plan.heads_a_share;
     const int end = least(first + args.plan.heads_a_share, args.plan.heads);
-    WindowHeads<T, kBlockWarps>::attend(args, each, first, end, [&](int n, int64_t pixel) {
+    Heads::attend(args, each, first, end, [&](const Heads& self, int64_t pixel) {
       const AttentionShape& s = args.shape;
-      return args.out + (int64_t{n} * s.H * s.W + pixel) * s.C;
+      return args.out + (int64_t{self.image()} * s.H * s.W + pixel) * s.C;
     });
   }
 };

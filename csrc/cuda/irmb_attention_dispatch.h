@@ -41,11 +41,10 @@ inline AttentionShape attention_shape(const IRMBCall& call) {
 }
 
 template <class T>
-AttentionArgs<T> attention_args(const IRMBCall& call, const AttentionShape& s, T* out) {
+AttentionArgs<T> attention_args(const IRMBCall& call, const AttentionShape& s) {
   AttentionArgs<T> args{};
   args.shape = s;
   args.pixels = matrix_of<T>({call.x, call.dtype}, int64_t{s.H} * s.W, s.C, 16);
-  args.out = out;
   args.norm = call.norm;
   args.front = {call.norm_weight, call.norm_bias, call.norm_mean, call.norm_var, call.norm_eps};
   args.weight = matrix_of<T>(call.qk_weight, int64_t{2} * s.C, s.C, 16);

@@ -3,6 +3,7 @@
 
 #include "cuda/irmb_attention_dispatch.h"
 #include "cuda/irmb_excite.h"
+#include "cuda/irmb_image.h"
 #include "cuda/irmb_sum.h"
 
 namespace emo_kernels::cuda {
@@ -67,7 +68,34 @@ struct IRMBPlan {
   AttentionPlan attention;
   BlockPlan block;
   int64_t excite = 0;
+  ImagePlan image;  // of the attention and the rest in one kernel
+  double time_apart = 0.0;
+  bool inside = false;  // whether that is used
 };
+
+// The kernel of the whole attention block is for such.
+inline bool has_image_kernel(const IRMBCall& call, const BlockShape& s) {
+  return call.head_dim != 0 && (s.K == 3 || s.K == 5) && s.S == 1 && s.D == 1 && call.R == 0 &&
+         call.expands;
+}
+
+inline void plan_attention(IRMBPlan& plan, const IRMBCall& call, const BlockShape& s, int bytes) {
+  const AttentionShape a = attention_shape(call);
+  const auto limit = static_cast<int>(call.shared_limit);
+  plan.attention = make_attention_plan(a, bytes, limit);
+  const bool apart = plan.attention.shared != 0 && plan.block.shared != 0;
+  if (apart) plan.time_apart = time_apart(plan.attention, a, plan.block, s, bytes, limit);
+  if (has_image_kernel(call, s)) {
+    const int strip = s.K == 3 ? kBlockStrip<3, 1> : kBlockStrip<5, 1>;
+    plan.image = make_image_plan(s, a, strip, bytes, limit);
+  }
+  const bool fits = plan.image.block.shared != 0;
+  const bool faster = !apart || plan.image.time <= plan.time_apart;
+  plan.inside = fits && (call.attend == Attend::kBest ? faster : call.attend == Attend::kInside);
+  if (call.attend == Attend::kInside && !fits) {
+    throw std::invalid_argument("irmb: the attention does not fit into its block's kernel");
+  }
+}
 
 inline IRMBPlan make_irmb_plan(const IRMBCall& call) {
   const BlockShape s = block_shape(call);
@@ -78,15 +106,14 @@ inline IRMBPlan make_irmb_plan(const IRMBCall& call) {
   plan.block = with_filter(s, [&](auto k, auto step) {
     return make_block_plan(s, kBlockStrip<k(), step()>, bytes, limit, pairs);
   });
-  if (call.head_dim != 0) {
-    plan.attention = make_attention_plan(attention_shape(call), bytes, limit);
-  }
+  if (call.head_dim != 0) plan_attention(plan, call, s, bytes);
   const int64_t excite = excite_bytes(call.M, call.R);
   if (call.R != 0 && excite <= limit) plan.excite = excite;
   return plan;
 }
 
 inline void check_fits(const IRMBCall& call, const IRMBPlan& plan) {
+  if (plan.inside) return;
   const char* const missing = call.head_dim != 0 && plan.attention.shared == 0
                                   ? "windows of this attention do not fit into "
                               : plan.block.shared == 0 ? "no tile of this block fits into "
@@ -145,11 +172,27 @@ const float* launch_excite(BlockArgs<T> args, const IRMBCall& call, Scratch& scr
   return gate;
 }
 
+// Where a launch of that plan leaves partial sums, if it does.
+template <class T>
+void take_partials(BlockArgs<T>& args, Scratch& scratch) {
+  const BlockShape& s = args.shape;
+  if (args.plan.splits == 1) return;
+  args.partials = scratch.take<float>(args.plan.splits * s.N * s.HO * s.WO * s.O);
+}
+
+template <class T, class Launcher>
+void launch_sum(const BlockArgs<T>& args, Launcher& launcher) {
+  const BlockShape& s = args.shape;
+  if (args.plan.splits == 1) return;
+  const Grid grid = block_grid(ceil_div(s.N * s.HO * s.WO * s.O, kBlockThreads));
+  launcher.template launch<BlockSum<T>>(SumOfBlock<T>{args}, grid,
+                                        kernel_name<T>("irmb_sum_kernel", s.K, s.S));
+}
+
 template <class T, class Launcher>
 void launch_block(BlockArgs<T> args, Scratch& scratch, Launcher& launcher) {
   const BlockShape& s = args.shape;
-  const int64_t size = s.N * s.HO * s.WO * s.O;
-  if (args.plan.splits > 1) args.partials = scratch.take<float>(args.plan.splits * size);
+  take_partials(args, scratch);
   const Grid grid = block_grid(s.N * args.plan.tiles() * args.plan.splits);
   with_filter(s, [&](auto k, auto step) {
     const std::string name = kernel_name<T>("irmb_kernel", s.K, s.S);
@@ -159,10 +202,31 @@ void launch_block(BlockArgs<T> args, Scratch& scratch, Launcher& launcher) {
       launcher.template launch<Block<T, k(), step(), kMostPairs>>(args, grid, name);
     }
   });
-  if (args.plan.splits == 1) return;
-  const Grid sum = block_grid(ceil_div(size, kBlockThreads));
-  launcher.template launch<BlockSum<T>>(SumOfBlock<T>{args}, sum,
-                                        kernel_name<T>("irmb_sum_kernel", s.K, s.S));
+  launch_sum(args, launcher);
+}
+
+template <class T, int K, class Launcher>
+void launch_image_of(const ImageArgs<T>& args, Launcher& launcher) {
+  const BlockPlan& plan = args.block.plan;
+  Grid grid = block_grid(args.block.shape.N * plan.splits);
+  grid.x = plan.warps * kLanes;
+  const std::string name = kernel_name<T>("irmb_image_kernel", K, 1);
+  if (plan.warps == kBlockWarps) {
+    launcher.template launch<Image<T, K, kBlockWarps>>(args, grid, name);
+  } else {
+    launcher.template launch<Image<T, K, 2 * kBlockWarps>>(args, grid, name);
+  }
+}
+
+template <class T, class Launcher>
+void launch_image(ImageArgs<T> args, Scratch& scratch, Launcher& launcher) {
+  take_partials(args.block, scratch);
+  if (args.block.shape.K == 3) {
+    launch_image_of<T, 3>(args, launcher);
+  } else {
+    launch_image_of<T, 5>(args, launcher);
+  }
+  launch_sum(args.block, launcher);
 }
 
 template <class T, class Launcher>
@@ -171,13 +235,19 @@ int64_t irmb_in(const IRMBCall& call, Launcher& launcher) {
   const IRMBPlan plan = make_irmb_plan(call);
   check_fits(call, plan);
   Scratch scratch(call);
-  T* attended = nullptr;
-  if (call.head_dim != 0) {
-    const AttentionShape attention = attention_shape(call);
-    attended = scratch.take<T>(s.N * s.H * s.W * s.C);
-    launch_attention(attention_args<T>(call, attention, attended), plan.attention, launcher);
+  AttentionArgs<T> attention{};
+  if (call.head_dim != 0) attention = attention_args<T>(call, attention_shape(call));
+  if (plan.inside) {
+    ImageArgs<T> args{attention, block_args<T>(call, s, nullptr)};
+    args.attention.plan = plan.image.attention, args.block.plan = plan.image.block;
+    launch_image(args, scratch, launcher);
+    return scratch.bytes();
   }
-  BlockArgs<T> args = block_args<T>(call, s, attended);
+  if (call.head_dim != 0) {
+    attention.out = scratch.take<T>(s.N * s.H * s.W * s.C);
+    launch_attention(attention, plan.attention, launcher);
+  }
+  BlockArgs<T> args = block_args<T>(call, s, attention.out);
   args.plan = plan.block;
   if (call.R != 0) args.gate = launch_excite(args, call, scratch, launcher);
   launch_block(args, scratch, launcher);

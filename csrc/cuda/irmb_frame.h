@@ -23,6 +23,22 @@ class BlockFrame {
             plan.pixels,  tile().pixels(),   thread_,        kTeam};
   }
 
+  // Where the attention leaves the pixels of a whole image: zeros behind its channels and its rows.
+  EMO_KERNEL void begin_image(const BlockTile& tile) {
+    note_tile(tile);
+    const BlockPlan& plan = args_.plan;
+    const int C = args_.shape.C, wide = rounded(C, 16), pixels = tile.rows * tile.columns;
+    const auto clear = [&](int row, int column) {
+      write(part(plan.x) + row * plan.x_stride + column, narrow<T>(0.0f));
+    };
+    for (int i = thread_; i < pixels * (wide - C); i += kTeam) {
+      clear(i / (wide - C), C + i % (wide - C));
+    }
+    for (int i = thread_; i < (plan.pixels - pixels) * wide; i += kTeam) {
+      clear(pixels + i / wide, i % wide);
+    }
+  }
+
  protected:
   static constexpr int kTeam = kWarps * kLanes;  // threads of a block
   static constexpr int kPairsOfChunk = kChunk / 2;

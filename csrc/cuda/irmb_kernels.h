@@ -19,4 +19,8 @@ template <class T, int K, int S>
 KernelOf<Block<T, K, S, 0>> kernel_of(Block<T, K, S, 0>*);
 KernelOf<Excite> kernel_of(Excite*);
 
+// In irmb_image.cu.
+template <class T, int K, int kWarps>
+KernelOf<Image<T, K, kWarps>> kernel_of(Image<T, K, kWarps>*);
+
 }  // namespace emo_kernels::cuda

@@ -3,8 +3,8 @@
 //
 // A block has a tile of the output of one image, and of the M expanded channels a share in chunks.
 // Under the tile lies a window of the input; of it the part inside the map, row after row, is the
-// block's matrix of pixels. Its 8 warps stand in warps_m x warps_n over the output: each has 32
-// pixels by every warps_n-th 16 channels.
+// block's matrix of pixels. Its warps, 8 or 16, stand in warps_m x warps_n over the output: each
+// has 32 pixels by every warps_n-th 16 channels.
 #pragma once
 
 #include <initializer_list>
@@ -25,7 +25,8 @@ struct BlockShape {
 };
 
 struct BlockPlan {
-  int warps_m = 0, warps_n = 0, pairs = 0;  // pairs of 8 output channels of a warp
+  int warps = kBlockWarps, warps_m = 0, warps_n = 0;
+  int pairs = 0;  // of 8 output channels that a warp has
   int tile_h = 0, tile_w = 0, tiles_h = 0, tiles_w = 0;
   int span_h = 0, span_w = 0;                      // of the window under a tile
   int pixels = 0;                                  // rows of the matrix of pixels
@@ -75,8 +76,9 @@ inline int lay_out(BlockPlan& plan, const BlockShape& s, int strip, int bytes) {
   place(plan.proj, int64_t{rounded(s.O, 16)} * plan.e_stride, bytes);
   place(plan.taps, int64_t{2} * taps_rows(s.K) * kChunk, 4);
   place(plan.norm, int64_t{2} * rounded(s.C, 16), 4);
-  // In the end the sums lie in front of the tile.
-  const int64_t sums = int64_t{plan.warps_m} * 32 * (rounded(s.O, 16) + 8) * 4;
+  // In the end the sums lie in front of the tile: of all pixels of the warps, if they are 8.
+  const int pixels = plan.warps == kBlockWarps ? plan.warps_m * 32 : plan.tile_h * plan.tile_w;
+  const int64_t sums = int64_t{pixels} * (rounded(s.O, 16) + 8) * 4;
   if (at < sums) at = sums;
   place(plan.tile, 8, 4);
   plan.shared = static_cast<int>(at);
@@ -92,20 +94,30 @@ inline void share_out(BlockPlan& plan, const BlockShape& s, bool shares) {
   plan.splits = static_cast<int>(ceil_div(plan.chunks, plan.chunks_a_split));
 }
 
-// How long a launch takes, in multiplications of a block as its warps make them: with what they pad
-// and compute twice.
-inline double time_of(const BlockPlan& plan, const BlockShape& s, int shared_limit) {
+// How long a launch of so many blocks takes, in multiplications of a multiprocessor as warps make
+// them, with what they pad and compute twice: `each` of a block. Alone on its multiprocessor, a
+// block's phases overlap with no other's; 16 warps hide more of what they wait for than 8. By what
+// factor is assumed, not measured.
+inline double time_of_blocks(int64_t blocks, double each, int warps, int shared, int limit) {
+  const bool twice = warps == kBlockWarps && 2 * (shared + kReserved) <= limit + kReserved;
+  const double alone = twice ? 1.0 : warps == kBlockWarps ? 1.4 : 1.1;
+  return static_cast<double>(ceil_div(blocks, kFewBlocks / 2)) * alone * each;
+}
+
+// Of a block of that plan: its chunks, and pixels and results before and behind them.
+inline double time_of_chunks(const BlockPlan& plan, const BlockShape& s) {
   const double pixels = plan.pixels, sums = 32.0 * plan.warps_m * s.O;
   const double expand = pixels * s.C;
   const double shrink = 32.0 * plan.warps_m * plan.warps_n * plan.pairs * 16;
   const double convolve = 8.0 * plan.tile_h * plan.tile_w * s.K * s.K;  // on slower units
   const double weights = 8.0 * (s.C + s.O);
   const double chunks = (expand + shrink + convolve + weights) * kChunk * plan.chunks_a_split;
-  const double ends = 16.0 * pixels * s.C + (plan.splits > 1 ? 32.0 : 16.0) * sums;
-  // Alone on its multiprocessor, a block's phases overlap with no other's.
-  const bool twice = 2 * (plan.shared + kReserved) <= shared_limit + kReserved;
-  const int64_t rounds = ceil_div(s.N * plan.tiles() * plan.splits, kFewBlocks / 2);
-  return static_cast<double>(rounds) * (twice ? 1.0 : 1.4) * (chunks + ends);
+  return chunks + 16.0 * pixels * s.C + (plan.splits > 1 ? 32.0 : 16.0) * sums;
+}
+
+inline double time_of(const BlockPlan& plan, const BlockShape& s, int limit) {
+  const int64_t blocks = s.N * plan.tiles() * plan.splits;
+  return time_of_blocks(blocks, time_of_chunks(plan, s), plan.warps, plan.shared, limit);
 }
 
 }  // namespace detail

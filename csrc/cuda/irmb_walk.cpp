@@ -42,6 +42,15 @@ void operands(Watch& watch, const BlockArgs<T>& args) {
 }
 
 template <class T>
+void operands(Watch& watch, const ImageArgs<T>& args) {
+  const AttentionShape& s = args.attention.shape;
+  operands(watch, args.block);
+  may_read(watch, args.attention.front, s.C);
+  watch.may_read(args.attention.weight.values, int64_t{2} * s.C * s.C);
+  watch.may_read(args.attention.bias, int64_t{2} * s.C);
+}
+
+template <class T>
 void operands(Watch& watch, const SumOfBlock<T>& sum) {
   const int64_t size = output_size(sum.block.shape);
   watch.may_read(sum.block.partials, sum.block.plan.splits * size * int64_t{sizeof(float)});
@@ -76,9 +85,29 @@ int64_t scratch_bytes(const IRMBCall& call) {
   return dispatch(call, nothing);
 }
 
-IRMBMemory shared_memory(const IRMBCall& call) {
+// Names what would be launched.
+struct Namer {
+  std::vector<std::string>& names;
+
+  template <class Program, class Args>
+  void launch(const Args&, const Grid&, const std::string& name) {
+    names.push_back(name);
+  }
+};
+
+IRMBReport report(const IRMBCall& call) {
   const IRMBPlan plan = make_irmb_plan(call);
-  return {plan.block.shared, plan.attention.shared, plan.excite};
+  IRMBReport found;
+  found.block = plan.block.shared, found.attention = plan.attention.shared;
+  found.excite = plan.excite, found.image = plan.image.block.shared;
+  found.inside = plan.inside;
+  found.time_inside = plan.image.time, found.time_apart = plan.time_apart;
+  const bool fits = plan.block.shared != 0 && (call.head_dim == 0 || plan.attention.shared != 0) &&
+                    (call.R == 0 || plan.excite != 0);
+  if (!fits && !plan.inside) return found;
+  Namer namer{found.kernels};
+  dispatch(call, namer);
+  return found;
 }
 
 }  // namespace emo_kernels::cuda

@@ -72,7 +72,8 @@ if(EMO_CUDA_STATUS STREQUAL "")
   enable_language(CUDA)
   target_sources(emo_kernels_cuda PRIVATE csrc/cuda/device.cu csrc/cuda/depthwise_conv2d.cu
     csrc/cuda/depthwise_conv2d_backward.cu csrc/cuda/expand_depthwise.cu
-    csrc/cuda/irmb.cu csrc/cuda/irmb_attention.cu csrc/cuda/irmb_excite.cu)
+    csrc/cuda/irmb.cu csrc/cuda/irmb_attention.cu csrc/cuda/irmb_excite.cu
+    csrc/cuda/irmb_image.cu)
   set_target_properties(emo_kernels_cuda PROPERTIES CUDA_STANDARD 17 CUDA_ARCHITECTURES "${archs}"
     CUDA_RUNTIME_LIBRARY Static)
   target_compile_options(emo_kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3>

@@ -27,7 +27,7 @@ class WindowHeads {
     n_ = n, window_h_ = window_h, window_w_ = window_w;
   }
 
-  // Heads first .. end - 1 of that window: z of image n's pixel i goes to row_at(n, i).
+  // Heads first .. end - 1 of that window: z of the image's pixel i goes to row_at(self, i).
   template <class Each, class RowAt>
   EMO_KERNEL static void attend(const AttentionArgs<T>& args, const Each& each, int first, int end,
                                 const RowAt& row_at) {
@@ -62,10 +62,12 @@ class WindowHeads {
             plan.tokens,   thread_,           kTeam};
   }
 
+  EMO_KERNEL int image() const { return n_; }
+  EMO_KERNEL T* part(int at) const { return reinterpret_cast<T*>(shared_ + at); }
+
  private:
   static constexpr int kTeam = kWarps * kLanes;  // threads of a block
 
-  EMO_KERNEL T* part(int at) const { return reinterpret_cast<T*>(shared_ + at); }
   EMO_KERNEL float* floats(int at) const { return reinterpret_cast<float*>(shared_ + at); }
 
   // Which pixel of the image a token is; -1: padding.
@@ -283,7 +285,7 @@ class WindowHeads {
       }
       put_tile(sums, row, column, [&](int token, int d, Float2 z) {
         const int64_t pixel = pixel_of(token);
-        if (pixel >= 0) store(row_at(n_, pixel) + head * args_.shape.D + d, d, z);
+        if (pixel >= 0) store(row_at(*this, pixel) + head * args_.shape.D + d, d, z);
       });
     }
   }

@@ -11,7 +11,7 @@ from emo_kernels.cuda.expand_depthwise import (
     expand_depthwise_statistics,
     expand_depthwise_unsupported,
 )
-from emo_kernels.cuda.irmb import irmb, irmb_unsupported
+from emo_kernels.cuda.irmb import irmb, irmb_report, irmb_unsupported
 from emo_kernels.cuda.irmb_training import irmb_training_unsupported
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "expand_depthwise_statistics",
     "expand_depthwise_unsupported",
     "irmb",
+    "irmb_report",
     "irmb_training_unsupported",
     "irmb_unsupported",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from emo_kernels.spec import IRMBSpec, IRMBWeights, conv_output_size
 
 _NORMS = {"none": 0, "batch": 1, "layer": 2}
 _WINDOWS = {"grid": 0, "block": 1}
+_ATTEND = {None: 0, "apart": 1, "inside": 2}
 _MOST = 2**24  # sizes, as csrc/cuda/irmb_dispatch.h holds them
 # Bytes of shared memory that a block may have, by compute capability; elsewhere the least.
 _SHARED = {(8, 0): 166912, (8, 7): 166912, (9, 0): 232448, (10, 0): 232448, (10, 3): 232448}
@@ -54,22 +57,32 @@ def _too_large(x: Tensor, w: IRMBWeights, spec: IRMBSpec) -> str | None:
         return f"the cuda kernels take sizes below 2**24 and maps below 2**30 pixels, got {largest}"
     if x.numel() == 0:
         return None
-    limit = shared_limit(x)
-    memory = _C.cuda_irmb_shared_memory(layout.DTYPES[x.dtype], _sizes(x, w, spec, limit))
-    if spec.head_dim and not memory["attention"]:
+    limit, found = shared_limit(x), irmb_report(x, w, spec)
+    if found["kernels"]:
+        return None
+    if spec.head_dim and not found["attention"]:
         tokens = max(spec.window_size, 0) ** 2 or x.shape[2] * x.shape[3]
         return (
             f"windows of {tokens} tokens of {x.shape[1]} channels do not fit: at most 128 tokens, "
             f"in {limit} bytes of shared memory"
         )
-    if w.se_reduce_weight is not None and not memory["excite"]:
+    if w.se_reduce_weight is not None and not found["excite"]:
         return f"the squeeze-excite of {m} channels does not fit into {limit} bytes"
-    if memory["block"]:
-        return None
     return (
         f"no tile of {x.shape[1]} channels to {m} to {o} fits into the {limit} bytes of shared "
         "memory that a block has here"
     )
+
+
+def irmb_report(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> dict[str, Any]:
+    """How the kernels would run the block: their names, none where they cannot, and why these.
+
+    ``block``, ``attention``, ``excite``, ``image``: bytes of shared memory of a block of threads, 0
+    where it does not fit; ``inside``: whether the attention runs in the kernel ``image`` of the
+    whole block, with the times counted for that, ``time_inside``, and for two, ``time_apart``.
+    """
+    sizes = _sizes(x, weights, spec, shared_limit(x))
+    return _C.cuda_irmb_report(layout.DTYPES[x.dtype], sizes)
 
 
 def _expanded_channels(w: IRMBWeights) -> int:
@@ -82,7 +95,7 @@ def _output_channels(w: IRMBWeights) -> int:
     return w.proj_weight.shape[0]
 
 
-def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
+def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec, *, attend: str | None = None) -> Tensor:
     """One block in inference, as :func:`emo_kernels.reference.irmb` computes it.
 
     Args:
@@ -90,6 +103,8 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
         weights: the block's tensors in x's dtype, which are copied as they are, or another up to
             fp32, which are rounded on the way. They are read at every call.
         spec: the block's switches; those :func:`irmb_unsupported` accepts.
+        attend: ``"inside"`` the block's own kernel or ``"apart"`` in another, to compare them;
+            ``None`` where it is counted to be faster.
 
     Returns:
         (N, O, H', W'), channels_last.
@@ -102,14 +117,16 @@ def irmb(x: Tensor, weights: IRMBWeights, spec: IRMBSpec) -> Tensor:
     if out.numel() == 0:
         return out
     w = IRMBWeights._make(None if t is None else t.contiguous() for t in weights)
-    sizes = _sizes(x, w, spec, shared_limit(x))
+    sizes = _sizes(x, w, spec, shared_limit(x), attend)
     pixels = layout.pixels(x)
     pointers = (layout.address(pixels), layout.address(out), *map(layout.vector, w))
     layout.run(_C.cuda_irmb_scratch, _C.cuda_irmb, _C.cuda_irmb_walk, pixels, pointers, sizes)
     return out
 
 
-def _sizes(x: Tensor, w: IRMBWeights, spec: IRMBSpec, limit: int) -> tuple[float, ...]:
+def _sizes(
+    x: Tensor, w: IRMBWeights, spec: IRMBSpec, limit: int, attend: str | None = None
+) -> tuple[float, ...]:
     """What the kernels are told besides pointers, in the order of python/cuda_bindings.cpp."""
     assert w.dw_weight is not None
     excited = 0 if w.se_reduce_weight is None else w.se_reduce_weight.shape[0]
@@ -121,6 +138,7 @@ def _sizes(x: Tensor, w: IRMBWeights, spec: IRMBSpec, limit: int) -> tuple[float
         layout.ACTIVATIONS[spec.act],
         int(w.v_weight is not None),
         int(spec.skip),
+        _ATTEND[attend],
         limit,
     )
     kernel = w.dw_weight.shape[-1]
