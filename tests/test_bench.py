@@ -122,6 +122,19 @@ def test_engines_that_fail_are_absent_with_a_reason(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("quick")
+def test_ours_that_does_not_run_is_absent_and_the_peers_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none(work: Work, backend: str | None) -> engines.Engine:
+        raise NotImplementedError("no kernel takes fp8")
+
+    monkeypatch.setattr(engines, "_ours", none)
+    found = tiny_row(TINY, "eager")
+    assert (found["status"], set(found["engines"])) == ("absent", {"eager"})
+    assert "no kernel takes fp8" in tables.text([found])
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("calls_before", [1, 3])  # it fails when judged; in its turn
 def test_a_peer_that_fails_later_is_absent(
     calls_before: int, monkeypatch: pytest.MonkeyPatch

@@ -70,6 +70,8 @@ def csv_lines(path: str) -> list[dict[str, str]]:
         (["emo_1m", "--fail-over", "lots"], "a percentage such as 5%"),
         (["emo_1m", "--compare", "nowhere.json"], "no file nowhere.json"),
         (["emo_1m", "--compare", "erlier.json"], "did you mean earlier.json"),
+        (["plto", "out.json"], "no model 'plto'; did you mean 'plot'"),
+        (["emo_1m", "--backend", "cpuu"], "cpuu"),
         (["plot"], "needs a results file"),
         (["plot", "nowhere.json"], "no file nowhere.json"),
         (["compare", "earlier.json"], "needs two files"),

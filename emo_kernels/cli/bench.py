@@ -22,6 +22,7 @@ match, a row failed, or a ratio fell.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import itertools
 import sys
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 
+from emo_kernels.backends import check_usable
 from emo_kernels.cli.options import (
     add_runtime,
     add_settings,
@@ -57,6 +59,7 @@ _LAST = Path("out") / "bench.json"
 _PEERS, _GROWTH_PEERS = ("eager", "eager channels_last"), ("eager channels_last", "openvino")
 _SECONDS, _QUICK_SECONDS = 10.0, 2.0
 _MODEL = "emo_5m"
+_VERBS = ("plot", "compare")
 _QUICK_MODELS, _QUICK_MODES = ("emo_1m", "emo_5m"), (("infer", [1]), ("train", [4]))
 _LONGEST = 1800.0  # seconds of a row: compilers take minutes
 _QUICK_MINUTES, _GROWTH_MINUTES = 1.4, 11.5  # 90 seconds and 12 minutes, less starting and showing
@@ -129,7 +132,11 @@ def run(args: argparse.Namespace) -> int:
     if args.resources:
         args.models = args.models or [_MODEL]
         return importlib.import_module("emo_kernels.cli.resources").run(args)  # needs triton
+    if args.models and (near := difflib.get_close_matches(args.models[0], _VERBS, n=1)):
+        raise ValueError(f"bench: there is no model {args.models[0]!r}; did you mean {near[0]!r}?")
     device = use_runtime(args)
+    if args.backend is not None:
+        check_usable(args.backend, "bench: --backend:")
     if args.resume and args.json in (None, "-"):
         raise ValueError("--resume goes on with a file: it needs --json FILE")
     if args.minutes is not None and args.minutes <= 0:

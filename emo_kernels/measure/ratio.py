@@ -104,7 +104,12 @@ def ratios(engines: Mapping[str, Turns], ours: str, peers: Collection[str]) -> d
 def contenders(
     engines: Mapping[str, Turns], ours: str, peers: Collection[str], narrow: float = NARROW
 ) -> list[str]:
-    """Who takes part in the next round: ours, and peers that may be the best; none when settled."""
+    """Who takes part in the next round: ours, and peers that may be the best; none when settled.
+
+    All do where ours is not among them: then there is no ratio.
+    """
+    if ours not in engines:
+        return list(engines)
     rounds = len(engines[ours].seconds)
     playing = [name for name, turns in engines.items() if len(turns.seconds) == rounds]
     here = [name for name in peers if name in playing]
