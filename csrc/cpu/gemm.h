@@ -86,6 +86,14 @@ struct Accumulators {
     });
   }
 
+  // The rows of a that the next tile reads, which another core may have written: at 8 rows of
+  // three vectors, two cache lines per four terms are all of them.
+  EMO_INLINE static void fetch_next_rows(const E* a, int quad) {
+    constexpr int kBytes = 4 * kTerms<E> * kRows * static_cast<int>(sizeof(E));
+    const char* const next = reinterpret_cast<const char*>(a + kRows * kPanel<T>) + quad * kBytes;
+    unroll<(kBytes + 63) / 64>(EMO_UNROLLED(i) { __builtin_prefetch(next + 64 * i, 0, 2); });
+  }
+
   // Adds the products of K terms.
   EMO_INLINE void multiply(const E* a, int64_t a_panel_stride, const E* b, int64_t K,
                            Ahead& ahead) {
@@ -99,6 +107,7 @@ struct Accumulators {
         step(a + k + 2 * kT, b + 2 * kRow);
         step(a + k + 3 * kT, b + 3 * kRow);
         ahead.fetch();
+        fetch_next_rows(a, k / (4 * kT));
       }
       for (; k < depth; k += kT, b += kRow) step(a + k, b);
       a += a_panel_stride;
