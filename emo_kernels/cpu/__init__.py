@@ -33,6 +33,7 @@ from emo_kernels.cpu.irmb import irmb, irmb_bind, irmb_unsupported
 from emo_kernels.cpu.irmb_training import irmb_training_unsupported
 from emo_kernels.cpu.irmb_training import keeps_local_gradient as keeps_local_gradient
 from emo_kernels.cpu.irmb_training import keeps_slope as keeps_slope
+from emo_kernels.cpu.launches import held_back as held_back
 from emo_kernels.cpu.norm_pool_linear import (
     norm_pool_linear,
     norm_pool_linear_bind,

@@ -8,6 +8,7 @@ from torch.autograd.graph import increment_version
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
+from emo_kernels.cpu.launches import launch
 
 _SUMS, _BACKWARD, _ACT, _ACT_SUMS = 0, 1, 4, 5  # PixelsOp of csrc/emo_kernels.h
 
@@ -21,7 +22,7 @@ def batch_norm_sums(x: Tensor, pivot: Tensor | None) -> Tensor:
     sums = layout.doubles(2, c)
     pointers = layout.addresses(x, None, None, pivot, None, None, None, sums)
     threads = torch.get_num_threads()
-    _C.pixels(layout.DTYPES[x.dtype], _SUMS, pointers, (n, h * w, c), threads)
+    launch(_C.pixels, layout.DTYPES[x.dtype], _SUMS, pointers, (n, h * w, c), threads)
     return sums
 
 
@@ -44,14 +45,14 @@ def batch_norm_finalize(
     sums = sums.contiguous()  # float64, as the kernels write them
     pointers = layout.addresses(sums, *vectors, affine, None)
     n = float(count if global_count is None else global_count)
-    _C.batch_norm(layout.DTYPES[dtype], pointers, sums.shape[1], n, momentum, eps)
+    launch(_C.batch_norm, layout.DTYPES[dtype], pointers, sums.shape[1], n, momentum, eps)
     for running, moved in zip((running_mean, running_var), vectors[3:], strict=True):
         if running is None or moved is None:
             continue
         if moved is running:
             increment_version(running)
         else:
-            running.copy_(moved)
+            launch(running.copy_, moved)
     return affine
 
 
@@ -68,7 +69,7 @@ def batch_norm_backward_finalize(
     vectors = (None,) * 5
     pointers = layout.addresses(known, *vectors, affine, coefficients)
     n = float(count if global_count is None else global_count)
-    _C.batch_norm(layout.DTYPES[affine.dtype], pointers, affine.shape[1], n, 0.0, 0.0)
+    launch(_C.batch_norm, layout.DTYPES[affine.dtype], pointers, affine.shape[1], n, 0.0, 0.0)
     return coefficients
 
 
@@ -84,7 +85,7 @@ def batch_norm_backward(
     rows = layout.dense(coefficients, x.dtype)
     pointers = layout.addresses(x, grad, residual, None, rows, None, dx, None)
     threads = torch.get_num_threads()
-    _C.pixels(layout.DTYPES[x.dtype], _BACKWARD, pointers, (n, h * w, c), threads)
+    launch(_C.pixels, layout.DTYPES[x.dtype], _BACKWARD, pointers, (n, h * w, c), threads)
     return dx
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
+from emo_kernels.cpu.launches import launch
 from emo_kernels.spec import conv_output_size
 
 _MOST_TAPS = 64  # kMostTaps of csrc/emo_kernels.h
@@ -40,7 +41,7 @@ def _convolve(
     x = layout.pixels(x)
     pointers = layout.addresses(x, filters, pivot, y, sums)
     sizes = (n, c, h, w, k, *options)
-    _C.depthwise_conv2d(layout.DTYPES[x.dtype], pointers, sizes, torch.get_num_threads())
+    launch(_C.depthwise_conv2d, layout.DTYPES[x.dtype], pointers, sizes, torch.get_num_threads())
     return y
 
 
@@ -101,5 +102,5 @@ def depthwise_conv2d_backward(
     sizes = (n, c, h, w, k, stride, padding, dilation)
     pointers = layout.addresses(*tensors)
     threads = torch.get_num_threads()
-    _C.depthwise_conv2d_backward(layout.DTYPES[x.dtype], pointers, sizes, threads)
+    launch(_C.depthwise_conv2d_backward, layout.DTYPES[x.dtype], pointers, sizes, threads)
     return layout.chosen([dx, layout.like(dweight, weight)], needed)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
+from emo_kernels.cpu.launches import launch
 
 
 def expand_unsupported(
@@ -56,7 +57,7 @@ def _expand(
     x = layout.pixels(x)
     sizes = (n, h * w, c, m, layout.NORMS[norm], layout.ACTIVATIONS[act])
     pointers = layout.addresses(x, *parameters, out, slope)
-    _C.expand(layout.DTYPES[dtype], pointers, sizes, eps, torch.get_num_threads())
+    launch(_C.expand, layout.DTYPES[dtype], pointers, sizes, eps, torch.get_num_threads())
     return out
 
 
@@ -117,7 +118,9 @@ def expand_backward(
         tensors += [dx, dweight, dbias, sums]
         sizes = (n, h * w, c, m, o, layout.NORMS[norm], layout.ACTIVATIONS[act], trains_norm)
         pointers = layout.addresses(*tensors)
-        _C.expand_backward(layout.DTYPES[dtype], pointers, sizes, eps, torch.get_num_threads())
+        launch(
+            _C.expand_backward, layout.DTYPES[dtype], pointers, sizes, eps, torch.get_num_threads()
+        )
     grads = [dx, *map(layout.like, (dweight, dbias), (weight, bias))]
     if trains_norm:
         return layout.chosen([*grads, sums, None], needed)

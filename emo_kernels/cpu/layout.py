@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from emo_kernels import _C
+from emo_kernels.cpu.launches import keep, launch
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 NORMS = {"none": 0, "affine": 1, "layer": 2}
@@ -65,7 +66,8 @@ def dense_map(value: Tensor | None) -> Tensor | None:
 
 
 def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Where the tensors lie; 0 for those absent. The caller keeps them alive."""
+    """Where the tensors lie, for a launch; 0 for those absent. The caller keeps them alive."""
+    keep(tensors)
     return tuple([0 if t is None else t.data_ptr() for t in tensors])
 
 
@@ -80,7 +82,9 @@ def like(values: Tensor | None, parameter: Tensor | None) -> Tensor | None:
         return None
     if values.dtype is parameter.dtype and parameter.is_contiguous() and values.is_contiguous():
         return values.as_strided(parameter.shape, parameter.stride())
-    return torch.empty_like(parameter).copy_(values.reshape(parameter.shape))
+    result = torch.empty_like(parameter)
+    launch(result.copy_, values.reshape(parameter.shape))
+    return result
 
 
 def chosen(grads: list[Tensor | None], needed: Any) -> list[Tensor]:

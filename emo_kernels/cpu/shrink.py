@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
+from emo_kernels.cpu.launches import launch
 
 
 def shrink_unsupported(y: Tensor, *_: Any, **__: Any) -> str | None:
@@ -61,7 +62,7 @@ def _shrink(arguments: tuple[Any, ...], pivot: Tensor | None, sums: Tensor | Non
     tensors += [layout.dense_map(local), layout.dense_map(residual)]
     tensors += [layout.dense(t, dtype) for t in (gate, drop_scale, pivot)]
     pointers = layout.addresses(*tensors, out, sums)
-    _C.shrink(layout.DTYPES[dtype], pointers, (n, h * w, m, o), torch.get_num_threads())
+    launch(_C.shrink, layout.DTYPES[dtype], pointers, (n, h * w, m, o), torch.get_num_threads())
     return out
 
 
@@ -108,7 +109,7 @@ def shrink_backward(
         tensors += [dy, dweight, dlocal, sums, dgate, ddrop]
         pointers = layout.addresses(*tensors)
         sizes = (n, h * w, m, o, trains_norm)
-        _C.shrink_backward(layout.DTYPES[dtype], pointers, sizes, torch.get_num_threads())
+        launch(_C.shrink_backward, layout.DTYPES[dtype], pointers, sizes, torch.get_num_threads())
     rows: tuple[Tensor | None, Tensor | None] = (None, None)
     if sums is not None:
         rows = (

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
+from emo_kernels.cpu.launches import launch
 
 _SQUEEZE, _BACKWARD = 2, 3  # PixelsOp of csrc/emo_kernels.h
 
@@ -20,7 +21,7 @@ def squeeze(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     means = torch.empty((n, m), dtype=layout.computed_in(y.dtype))
     pointers = layout.addresses(y, None, None, None, rows, means, None, None)
     threads = torch.get_num_threads()
-    _C.pixels(layout.DTYPES[y.dtype], _SQUEEZE, pointers, (n, h * w, m), threads)
+    launch(_C.pixels, layout.DTYPES[y.dtype], _SQUEEZE, pointers, (n, h * w, m), threads)
     return means.to(scale.dtype)
 
 
@@ -35,5 +36,5 @@ def squeeze_backward(grad: Tensor, y: Tensor, affine: Tensor, dz: Tensor) -> tup
     rows = layout.dense(affine, y.dtype)
     pointers = layout.addresses(y, dz, None, None, rows, means, out, sums)
     threads = torch.get_num_threads()
-    _C.pixels(layout.DTYPES[y.dtype], _BACKWARD, pointers, (n, h * w, m), threads)
+    launch(_C.pixels, layout.DTYPES[y.dtype], _BACKWARD, pointers, (n, h * w, m), threads)
     return out, sums

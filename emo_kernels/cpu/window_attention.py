@@ -15,6 +15,7 @@ from torch import Tensor
 from emo_kernels import _C
 from emo_kernels.cpu import layout
 from emo_kernels.cpu.expand import expand, expand_backward
+from emo_kernels.cpu.launches import launch
 from emo_kernels.spec import activate
 
 
@@ -72,7 +73,7 @@ def window_attention(
     pointers = layout.addresses(x, *vectors, v, padding, *norms, out)
     sizes = _sizes(x, m, head_dim, window_size, window_mode, norm)
     threads = torch.get_num_threads()
-    _C.window_attention(layout.DTYPES[dtype], pointers, tuple(sizes), eps, threads)
+    launch(_C.window_attention, layout.DTYPES[dtype], pointers, tuple(sizes), eps, threads)
     return out
 
 
@@ -110,7 +111,8 @@ def window_attention_backward(
     wants_sums = needed[5] or (needed[6] and not trains_norm)
     dx = layout.new_map(x, n, c, h, w) if needed[0] or (expands and wants_sums) else None
     dqk = torch.empty((2 * c, c), dtype=layout.computed_in(dtype)) if needed[1] else None
-    dbias = layout.doubles(c) if needed[2] else None
+    # Its K half is zero: a shift of all keys' logits changes nothing.
+    dbias = torch.zeros(2 * c, dtype=torch.float64) if needed[2] else None
     sums = layout.doubles(2, c) if wants_sums and not expands else None
     dv = dv_padding = v = padding = None
     if v_weight is not None:
@@ -132,8 +134,15 @@ def window_attention_backward(
         pointers = layout.addresses(*tensors)
         behind = trains_norm or expands
         threads = torch.get_num_threads()
-        _C.window_attention_backward(layout.DTYPES[dtype], pointers, (*sizes, behind), eps, threads)
-    qk = [layout.like(dqk, qk_weight), layout.like(_with_zero_half(dbias), qk_bias)]
+        launch(
+            _C.window_attention_backward,
+            layout.DTYPES[dtype],
+            pointers,
+            (*sizes, behind),
+            eps,
+            threads,
+        )
+    qk = [layout.like(dqk, qk_weight), layout.like(dbias, qk_bias)]
     if v_weight is None or dv is None:
         if trains_norm:
             return layout.chosen([dx, *qk, None, None, sums, None], needed)
@@ -163,11 +172,6 @@ def window_attention_backward(
         found[place] = both.to(v_bias.dtype)
     of_qk = layout.chosen(qk, needed[1:3])
     return [*found[: needed[0]], *of_qk, *found[needed[0] :]]
-
-
-def _with_zero_half(of_q: Tensor | None) -> Tensor | None:
-    """The gradient of the bias of q and k: a shift of all keys' logits changes nothing."""
-    return None if of_q is None else torch.cat([of_q, torch.zeros_like(of_q)])
 
 
 def _through_padding(grad: Tensor, v_bias: Tensor, v_act: str) -> Tensor:

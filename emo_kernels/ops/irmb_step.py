@@ -5,6 +5,7 @@ What :mod:`emo_kernels.ops.irmb_training` differentiates; shapes and saved maps 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from emo_kernels.ops.expand import forward as expand_forward
 from emo_kernels.ops.expand import with_slope as expand_with_slope
 from emo_kernels.ops.expand_depthwise import forward as expand_depthwise_forward
 from emo_kernels.ops.expand_depthwise import statistics as expand_depthwise_statistics
+from emo_kernels.ops.registration import watched
 from emo_kernels.ops.shrink import backward as shrink_backward
 from emo_kernels.ops.shrink import forward as shrink_forward
 from emo_kernels.ops.shrink import statistics as shrink_statistics
@@ -104,10 +106,27 @@ class Step:
             gamma = weights.gamma.to(torch.promote_types(weights.gamma.dtype, torch.float32))
             self.proj = gamma.reshape(-1, 1, 1, 1) * self.proj
 
+    def _held_back(self, x: Tensor) -> AbstractContextManager[None]:
+        """Where the backend wants that: its kernels run when all of this pass are given.
+
+        Not where torch reads in between what they write, nor where somebody watches them.
+        """
+        w, plan = self.weights, self.plan
+        reads = w.se_reduce_weight is not None or w.gamma is not None or self.attends_over_v
+        reads = reads or not (self.expands or self.attends)
+        reads = reads or any(m.process_group is not None for m in (plan.norm, plan.bn))
+        if reads or watched((x,)) or not backends.has(self.backend, "held_back"):
+            return nullcontext()
+        return backends.function(self.backend, "held_back")()
+
     # -------------------------------------------------------------------------------- forward
 
     def forward(self, x: Tensor, known: Neighbours) -> tuple[Tensor, Tensor | None, Maps]:
         """The block's output, its sums where the next block wants them, and the kept maps."""
+        with self._held_back(x):
+            return self._forward(x, known)
+
+    def _forward(self, x: Tensor, known: Neighbours) -> tuple[Tensor, Tensor | None, Maps]:
         w, spec, plan = self.weights, self.spec, self.plan
         norm = None
         if spec.norm == "batch":
@@ -243,6 +262,12 @@ class Step:
         self, grad: Tensor, x: Tensor, maps: Maps, x_needed: bool, wants: set[str]
     ) -> dict[str, Tensor | None]:
         """Gradients by name: ``x``, ``drop_scale`` and the weights'; those that ``wants`` names."""
+        with self._held_back(x):
+            return self._backward(grad, x, maps, x_needed, wants)
+
+    def _backward(
+        self, grad: Tensor, x: Tensor, maps: Maps, x_needed: bool, wants: set[str]
+    ) -> dict[str, Tensor | None]:
         spec, norm = self.spec, maps.norm
         if maps.e is None:
             e, slope = self._expand(maps.s, norm)

@@ -72,12 +72,12 @@ def _unless_watched(op: Callable[..., Any], run: Callable[..., Any]) -> Callable
     """``op`` without its gradient: what it runs, straight, where nobody wants to see the op."""
 
     def call(*args: Any) -> Any:
-        return op(*args) if _watched(args) else run(*args)
+        return op(*args) if watched(args) else run(*args)
 
     return call
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
+def watched(args: tuple[Any, ...]) -> bool:
     """Whether a trace, a mode, a transform, a profiler or a tensor of another class is around."""
     if (
         torch.compiler.is_compiling()
