@@ -48,6 +48,19 @@ def prepare_conv_norm_act(
 def prepare_norm_pool_linear(
     dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float
 ) -> Prepared: ...
+
+class Watch:
+    def __init__(
+        self,
+        *,
+        api: Any,
+        empty: list[dict[str, Any]],
+        switches: list[dict[str, Any]],
+        holders: list[dict[str, Any]],
+        tensors: list[Tensor],
+    ) -> None: ...
+    def holds(self) -> bool: ...
+
 def bind_call(
     kernel: Prepared,
     api: object,

@@ -10,6 +10,7 @@
 #include "emo_kernels.h"
 #include "map_memory.h"
 #include "new_map.h"
+#include "watch.h"
 
 namespace py = pybind11;
 namespace cpu = emo_kernels::cpu;
@@ -355,4 +356,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("window_attention", &window_attention);
   m.def("window_attention_backward", &window_attention_backward);
   cuda::bind(m);
+  emo_kernels::python::add_watch(m);
 }

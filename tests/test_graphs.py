@@ -18,7 +18,7 @@ from recorded_graphs import FakeStream, Stand
 from torch import Tensor, nn
 
 import emo_kernels as ek
-from emo_kernels import graphs
+from emo_kernels import _C, graphs, watch
 
 
 class Small(nn.Module):
@@ -201,6 +201,46 @@ def test_whatever_else_changes_is_captured_anew(
     assert_current(model, image())
     assert len(stand.captures) == before + 1
     assert len(model.forward._graphs) == 1
+
+
+def renamed(model: nn.Module) -> None:
+    """The same values under other names."""
+    del model.scale
+    model.other_scale = 1.0
+
+
+def narrower(model: nn.Module) -> None:
+    """The same memory and strides, fewer elements."""
+    model.head.bias.data = model.head.bias.data[:3]
+
+
+WATCHED = (*(c for c in CHANGES if c not in (plain_tensor, another_child)), transposed)
+
+
+@pytest.mark.parametrize("in_cpp", [True, False], ids=["cpp", "python"])
+@pytest.mark.parametrize("change", [*WATCHED, renamed, narrower])
+def test_the_watch_sees_it(
+    in_cpp: bool, change: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one pass of C++, and in Python where that cannot be had."""
+    if not in_cpp:
+        monkeypatch.setattr(watch, "_DLPACK", None)
+    model = Small().eval()
+    seen = watch.Watch(model)
+    assert isinstance(getattr(seen._look, "__self__", None), _C.Watch) == in_cpp
+    assert seen.holds()
+    in_place(model)
+    model.runs = int("1000") - 1000  # another object, an equal number
+    assert seen.holds()
+    with torch.no_grad():
+        change(model)
+    assert not seen.holds()
+
+
+def test_what_has_no_memory_is_not_watched_in_cpp() -> None:
+    sparse = torch.eye(3).to_sparse()
+    with pytest.raises(ValueError, match="a tensor has no memory to look at"):
+        _C.Watch(api=watch._DLPACK, empty=[], switches=[], holders=[], tensors=[sparse])
 
 
 def test_the_backend_asked_for_is_part_of_the_kind(model: nn.Module, stand: Stand) -> None:

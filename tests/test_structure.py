@@ -24,7 +24,7 @@ LAYERS = (
     ("backends",),
     ("ops",),
     ("nn",),
-    ("structure", "swap", "graphs", "stem", "train_stem", "tail", "link", "train_block")
+    ("structure", "swap", "watch", "graphs", "stem", "train_stem", "tail", "link", "train_block")
     + ("integrations", "models", "explain", "accelerate"),
     ("measure",),
     ("cli", "__main__", "__init__"),

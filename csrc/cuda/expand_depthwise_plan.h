@@ -10,6 +10,7 @@
 
 #include "cuda/depthwise_tiles.h"
 #include "cuda/mma.h"
+#include "cuda/plan_cache.h"
 
 namespace emo_kernels::cuda {
 
@@ -102,7 +103,7 @@ inline ExpandPlan plan_with(const ExpandTask& task, int chunks, int spans, int s
 }
 
 // The cheapest plan that fits into shared memory; its bytes are 0 where none does.
-inline ExpandPlan make_plan(const ExpandTask& task) {
+inline ExpandPlan cheapest_plan(const ExpandTask& task) {
   const int M = task.g.C;
   ExpandPlan best;
   double least_cost = 0.0;
@@ -120,6 +121,13 @@ inline ExpandPlan make_plan(const ExpandTask& task) {
     }
   }
   return best;
+}
+
+inline ExpandPlan make_plan(const ExpandTask& task) {
+  const Geometry& g = task.g;
+  const std::array<int64_t, 11> key{g.N, g.C, g.H, g.W,    g.HO,         g.WO,
+                                    g.K, g.S, g.P, task.C, task.itemsize};
+  return remembered(key, [&] { return cheapest_plan(task); });
 }
 
 // ---- where a unit lies --------------------------------------------------------------------------

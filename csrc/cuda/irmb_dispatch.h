@@ -5,6 +5,7 @@
 #include "cuda/irmb_excite.h"
 #include "cuda/irmb_image.h"
 #include "cuda/irmb_sum.h"
+#include "cuda/plan_cache.h"
 
 namespace emo_kernels::cuda {
 
@@ -97,8 +98,7 @@ inline void plan_attention(IRMBPlan& plan, const IRMBCall& call, const BlockShap
   }
 }
 
-inline IRMBPlan make_irmb_plan(const IRMBCall& call) {
-  const BlockShape s = block_shape(call);
+inline IRMBPlan fastest_plan(const IRMBCall& call, const BlockShape& s) {
   const int bytes = call.dtype == DType::kFloat32 ? 4 : 2;
   const auto limit = static_cast<int>(call.shared_limit);
   IRMBPlan plan;
@@ -110,6 +110,29 @@ inline IRMBPlan make_irmb_plan(const IRMBCall& call) {
   const int64_t excite = excite_bytes(call.M, call.R);
   if (call.R != 0 && excite <= limit) plan.excite = excite;
   return plan;
+}
+
+inline IRMBPlan make_irmb_plan(const IRMBCall& call) {
+  const BlockShape s = block_shape(call);
+  const std::array<int64_t, 18> key{call.dtype == DType::kFloat32,
+                                    s.N,
+                                    s.C,
+                                    s.H,
+                                    s.W,
+                                    s.M,
+                                    s.O,
+                                    s.K,
+                                    s.S,
+                                    s.P,
+                                    s.D,
+                                    call.R,
+                                    call.expands,
+                                    call.head_dim,
+                                    call.window_size,
+                                    static_cast<int64_t>(call.windows),
+                                    static_cast<int64_t>(call.attend),
+                                    call.shared_limit};
+  return remembered(key, [&] { return fastest_plan(call, s); });
 }
 
 inline void check_fits(const IRMBCall& call, const IRMBPlan& plan) {

@@ -1,11 +1,10 @@
 // Whether the attention runs in the kernel of its block, and where in shared memory what lies then.
 //
-// Counted, not measured; the campaign times both. In one kernel the attention's result, C channels
-// wide, is neither written nor read again, and a launch is saved; but a block of threads has a
-// whole image with all heads, and where images are few and share out their expanded channels, each
-// share computes the attention anew. EMO-5M, batch 256, bf16: 64 bytes of 128 for a pixel and pair
-// of channels that the block would move, 32 MB of 64 MB in stage 3; one image: the attention, 22 M
-// multiplications of 92 M, 20 times.
+// Counted, not measured; the campaign times both. In one kernel the attention's result is neither
+// written nor read again, and a launch is saved; but a block of threads has a whole image with all
+// heads, and where few images share out their expanded channels, each share computes the attention
+// anew. EMO-5M's stage 3 in bf16: 256 images move 48 MB (x twice, out) instead of 80; for one image
+// the attention, a quarter of the block's multiplications, would be computed 20 times.
 #pragma once
 
 #include "cuda/irmb_attention_plan.h"

@@ -25,8 +25,7 @@ struct BlockShape {
 };
 
 struct BlockPlan {
-  int warps = kBlockWarps, warps_m = 0, warps_n = 0;
-  int pairs = 0;  // of 8 output channels that a warp has
+  int warps_m = 0, warps_n = 0, pairs = 0;  // pairs of 8 output channels of a warp
   int tile_h = 0, tile_w = 0, tiles_h = 0, tiles_w = 0;
   int span_h = 0, span_w = 0;                      // of the window under a tile
   int pixels = 0;                                  // rows of the matrix of pixels
@@ -35,6 +34,7 @@ struct BlockPlan {
   // Bytes at which each part begins: pixels, expanded chunk, chunk behind the convolution, both
   // weights, filters and shifts of two chunks, the norm in front, the tile; and all of them.
   int x = 0, e = 0, t = 0, v = 0, proj = 0, taps = 0, norm = 0, tile = 0, shared = 0;
+  int warps = kBlockWarps;
 
   EMO_ANYWHERE int64_t tiles() const { return int64_t{tiles_h} * tiles_w; }
 };
