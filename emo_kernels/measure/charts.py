@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def speed_up(rows: list[Row]) -> Figure:
             labelled.add("gate")
             gate = [row["gate"]] * 2
             axes.plot(gate, [top - 0.5, y - 0.5], color=GATE, linewidth=1.4, label=label)
-        ticks.append(((top + y - 1) / 2, row["name"]))
+        ticks.append(((top + y - 1) / 2, _label(row)))
         y += 1
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks], fontsize=8)
     axes.axvline(1, color=INK, linewidth=1)
@@ -129,10 +130,15 @@ def memory(rows: list[Row]) -> Figure | None:
         for place, value, share in zip(places, values, shares, strict=True):
             text = f" {share:.2f}×, {value:.{0 if value >= 100 else 1}f} MB"
             axes.text(share, place, text, va="center", fontsize=8, color=INK)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.14)
     return _finished(axes)
+
+
+def _label(row: Row) -> str:
+    """A row's name in lines: changed settings are long."""
+    return textwrap.fill(row["name"], 34)
 
 
 def _megabytes(row: Row, engine: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from emo_kernels.measure.engine import OURS
 from emo_kernels.measure.growth import Series, series_of
@@ -46,5 +47,11 @@ def _draw(axes: Axes, series: Series, what: str, lines: dict[str, list[tuple[int
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, [str(place) for place in places])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    if what == MEMORY:  # what an engine keeps may be a hundred times what a call of ours takes
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(LogLocator(subs=()))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(axis="y", color=GRID, linewidth=0.7)
