@@ -47,8 +47,11 @@ def _draw(axes: Axes, series: Series, what: str, lines: dict[str, list[tuple[int
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, [str(place) for place in places])
     axes.minorticks_off()
-    if what == MEMORY:  # what an engine keeps may be a hundred times what a call of ours takes
+    values = [value for points in lines.values() for _, value in points]
+    if what == MEMORY and values:
+        # What an engine keeps may be a hundred times what a call of ours takes.
         axes.set_yscale("log")
+        axes.set_ylim(max(min(values), 0.01) / 1.5, max(*values, 0.01) * 1.5)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(LogLocator(subs=()))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
