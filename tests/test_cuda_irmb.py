@@ -16,8 +16,10 @@ import torch
 from cases import CASES, function
 from numerics import UNIT_ROUNDOFF, Case, check_operator, round_all, run
 from shapes import Row
+from test_cuda_training import walking
 from torch import Tensor
 
+import emo_kernels as ek
 from emo_kernels import _C, cuda, reference
 from emo_kernels.cuda import layout
 from emo_kernels.spec import IRMBWeights
@@ -176,17 +178,24 @@ def test_blocks_that_share_nothing_out(device: str, dtype: str) -> None:
     check(Row("attention_280", c=8, m=40, o=8, h=3, w=4, n=280, **attends), dtype, device)
 
 
+BOTH_WAYS = [(row, None) for row in FEW] + [
+    (row, way) for row in FEW if row.head_dim and (way := other_way(row, "bf16")) is not None
+]
+
+
 @on_both
-@pytest.mark.parametrize("row", FEW, ids=str)
-def test_repeats_and_images_agree_to_the_bit(device: str, row: Row) -> None:
+@pytest.mark.parametrize(
+    ("row", "attend"), [pytest.param(*way, id="{}-{}".format(*way)) for way in BOTH_WAYS]
+)
+def test_repeats_and_images_agree_to_the_bit(device: str, row: Row, attend: str | None) -> None:
     case = CASES["irmb"](replace(row, n=4))
     x = case.tensors["x"]
     assert x is not None
-    out = call(case, torch.bfloat16, device)
-    assert torch.equal(call(case, torch.bfloat16, device), out)
+    out = call(case, torch.bfloat16, device, attend)
+    assert torch.equal(call(case, torch.bfloat16, device, attend), out)
     order = torch.tensor([2, 0, 3, 1])
     moved = Case({**case.tensors, "x": x[order]}, case.options)
-    assert torch.equal(call(moved, torch.bfloat16, device), out[order])
+    assert torch.equal(call(moved, torch.bfloat16, device, attend), out[order])
 
 
 @on_both
@@ -262,6 +271,20 @@ def test_special_values_go_where_the_oracle_sends_them(row: Row, value: float) -
     assert x is not None
     x[-1, x.shape[1] // 2, x.shape[2] // 2, x.shape[3] // 2] = value
     check(row, "fp32", case=case)
+
+
+def test_every_block_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 0's squeeze-excite and all that follow: EMO-1M in inference, by the walk."""
+    torch.manual_seed(0)
+    model = ek.create_model("emo_1m").eval()
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        plain = model(image)
+        with walking(monkeypatch):
+            ek.accelerate(model, backend="cuda")
+            rows = [row for row in ek.explain(model, image).rows if row.operator == "irmb"]
+            assert len(rows) == 16 and {row.inference for row in rows} == {"cuda"}
+            torch.testing.assert_close(model(image), plain, rtol=1e-4, atol=1e-5)
 
 
 _WIDE = Row("wide", c=8, m=8, o=8, h=4, w=4, skip=False)

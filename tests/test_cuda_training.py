@@ -6,6 +6,7 @@ On a GPU Triton has the rest; ``test_irmb_training.py`` runs those where there i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -34,22 +35,29 @@ def counting(name: str, run: Callable[..., Any], calls: list[str]) -> Callable[.
     return counted
 
 
-@pytest.fixture(name="calls")
-def walked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The backend ``cuda`` on this machine's tensors; the calls of its kernels."""
+@contextmanager
+def walking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backend ``cuda`` on this machine's tensors, completed by ``cpu``."""
     row = backends._TABLE["cuda"]._replace(
         devices=("cpu",), unmet_need=lambda: None, unproven=lambda: "walks", completed_by="cpu"
     )
     monkeypatch.setitem(backends._TABLE, "cuda", row)
-    calls: list[str] = []
-    for name in ("expand_depthwise_statistics", "expand_depthwise", "depthwise_conv2d_backward"):
-        monkeypatch.setattr(cuda, name, counting(name, getattr(cuda, name), calls))
     caches = (backends._unavailable, backends._unproven, backends._candidates)
     for cached in caches:
         cached.cache_clear()
-    yield calls
+    yield
     for cached in caches:
         cached.cache_clear()
+
+
+@pytest.fixture(name="calls")
+def walked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The calls of its kernels."""
+    calls: list[str] = []
+    for name in ("expand_depthwise_statistics", "expand_depthwise", "depthwise_conv2d_backward"):
+        monkeypatch.setattr(cuda, name, counting(name, getattr(cuda, name), calls))
+    with walking(monkeypatch):
+        yield calls
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -98,7 +98,7 @@ class Block : public BlockFrame<T, K, S, kWarps, kPairs <= kFewPairs> {
   EMO_KERNEL void expand(int chunk) {
     const int pixels = tile().pixels();
 #pragma unroll 1
-    for (int m = anew(warp()); m * 16 < pixels; m += kWarps) {
+    for (int m = this->warp(); m * 16 < pixels; m += kWarps) {
       PerLane<Accumulator> u[kChunk / 16][2];
       if (kTakesAll && args_.v.values.data == nullptr) {
         take_pixels(chunk, m, u);
@@ -175,7 +175,7 @@ class Block : public BlockFrame<T, K, S, kWarps, kPairs <= kFewPairs> {
   // t of the chunk: a thread has a pair of channels, and every kSlots-th strip of columns.
   EMO_KERNEL void convolve(int chunk) {
     const BlockPlan& plan = args_.plan;
-    const int thread = anew(thread_), channel = thread % kPairsOfChunk * 2;
+    const int thread = own_thread(thread_), channel = thread % kPairsOfChunk * 2;
     const int strips = (plan.tile_w + kStrip - 1) / kStrip;
     const float* const shift = taps(chunk, shift_row()) + channel;
     Float2 total{0.0f, 0.0f};
@@ -288,9 +288,9 @@ class Block : public BlockFrame<T, K, S, kWarps, kPairs <= kFewPairs> {
   }
 
   EMO_KERNEL void shrink() {
-    const int stride = args_.plan.e_stride, warp = anew(this->warp());
+    const int stride = args_.plan.e_stride, warp = this->warp();
     const T* const t = part(args_.plan.t) + warp % args_.plan.warps_m * 32 * stride;
-#pragma unroll
+#pragma unroll 1  // unrolled, the sums leave no registers
     for (int k = 0; k < kChunk; k += 16) {
       PerLane<FragmentA<T>> a[2];
       load_a(a[0], t + k, stride);

@@ -48,7 +48,7 @@ class BlockFrame {
   EMO_KERNEL int filter() const { return K == 0 ? args_.shape.K : K; }
   EMO_KERNEL int step() const { return K == 0 ? args_.shape.S : S; }
   EMO_KERNEL int dilation() const { return K == 0 ? args_.shape.D : 1; }
-  EMO_KERNEL int warp() const { return thread_ / kLanes; }
+  EMO_KERNEL int warp() const { return own_thread(thread_) / kLanes; }
 
   // The tile, in shared memory to spare registers: where in the window its part inside the map
   // lies, and where in the output it begins.
@@ -114,7 +114,7 @@ class BlockFrame {
   EMO_KERNEL void fetch_expansion(int chunk, int end_chunk) {
     if (chunk < end_chunk) {
       if (!kTakesAll || args_.v.values.data != nullptr) {
-        const TileOf rows{0, kChunk, rounded(args_.shape.C, 16), anew(thread_), kTeam};
+        const TileOf rows{0, kChunk, rounded(args_.shape.C, 16), own_thread(thread_), kTeam};
         start_tile(copies_, part(args_.plan.v), args_.plan.x_stride, args_.v, rows, [&](int r) {
           const int row = chunk * kChunk + r;
           return int64_t{row < args_.v.rows ? row : -1};
@@ -122,7 +122,7 @@ class BlockFrame {
       }
       const int filters = filter() * filter();
 #pragma unroll 1
-      for (int i = anew(thread_); i < taps_rows(filter()) * kChunk; i += kTeam) {
+      for (int i = own_thread(thread_); i < taps_rows(filter()) * kChunk; i += kTeam) {
         const int row = i / kChunk, m = chunk * kChunk + i % kChunk;
         write(taps(chunk, row) + i % kChunk, m < args_.shape.M ? tap(row, m, filters) : 0.0f);
       }
@@ -145,7 +145,8 @@ class BlockFrame {
 
   // Begins to bring Wp's columns of a chunk.
   EMO_KERNEL void fetch_projection(int chunk) {
-    const TileOf columns{chunk * kChunk, rounded(args_.shape.O, 16), kChunk, anew(thread_), kTeam};
+    const TileOf columns{chunk * kChunk, rounded(args_.shape.O, 16), kChunk, own_thread(thread_),
+                         kTeam};
     start_tile(copies_, part(args_.plan.proj), args_.plan.e_stride, args_.proj, columns,
                [&](int r) { return int64_t{r < args_.proj.rows ? r : -1}; });
     copies_.close_group();

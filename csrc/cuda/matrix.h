@@ -108,13 +108,13 @@ struct ChannelNorm {
   float eps = 0.0f;
 };
 
-// The value, of which the compiler knows nothing: what follows from it is computed where it is
-// used, not kept in registers through a loop.
-EMO_KERNEL int anew(int value) {
+// The thread, of a block of one dimension: on the GPU asked for where it is used, not kept in a
+// register.
+EMO_KERNEL int own_thread(int thread) {
 #if defined(__CUDACC__)
-  asm volatile("" : "+r"(value));
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
 #endif
-  return value;
+  return thread;
 }
 
 // 1 / sqrt(x), on the GPU within 2 ulp: the exact one would take registers that kernels need.
