@@ -62,7 +62,7 @@ _MODEL = "emo_5m"
 _VERBS = ("plot", "compare")
 _QUICK_MODELS, _QUICK_MODES = ("emo_1m", "emo_5m"), (("infer", [1]), ("train", [4]))
 _LONGEST = 1800.0  # seconds of a row: compilers take minutes
-_QUICK_MINUTES, _GROWTH_MINUTES = 1.4, 11.5  # 90 seconds and 12 minutes, less starting and showing
+_QUICK_MINUTES, _GROWTH_MINUTES = 1.3, 11.5  # 90 seconds and 12 minutes, less starting and showing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes",
         type=float,
-        help="for all rows together, which share them (default: 1.4 for --quick, 11.5 for --grow)",
+        help="for all rows together, which share them (default: 1.3 for --quick, 11.5 for --grow)",
     )
     parser.add_argument(
         "--resume", action="store_true", help="keep rows of --json FILE measured at this commit"
