@@ -67,13 +67,13 @@ struct ConvNormActCall {
   DType dtype = DType::kFloat32;
   const void* x = nullptr;       // (N, C, H, W), or (N, H, W, C) if channels_last
   void* out = nullptr;           // (N, Ho, Wo, O)
-  Param weight, bias;            // (O, C, K, K), (O,)
+  Param weight, bias;            // (O, C, K, K), or (O, K, K, C) if weight_channels_last; (O,)
   Param norm_weight, norm_bias;  // (O,)
   Param norm_mean, norm_var;     // (O,)
   const void* pivot = nullptr;   // (O,), in the type computed in; null: 0
   double* sums = nullptr;        // (2, O)
   int64_t N = 0, C = 0, H = 0, W = 0, O = 0, K = 0, stride = 1, padding = 0, dilation = 1;
-  bool channels_last = false;
+  bool channels_last = false, weight_channels_last = false;
   Activation act = Activation::kNone;
   double eps = 1e-6;
   int threads = 1;

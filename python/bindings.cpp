@@ -154,7 +154,7 @@ Prepared prepare_conv_norm_act(int dtype, int weight_dtype, const py::tuple& wei
   const auto pointer = integers<6>("weights", weights);
   point_all(pointers, c.pivot, c.sums);
   size_all(sizes, c.N, c.C, c.H, c.W, c.O, c.K, c.stride, c.padding, c.dilation, c.channels_last,
-           c.act);
+           c.act, c.weight_channels_last);
   for (size_t i = 0; i < 6; ++i) {
     *params[i] = {reinterpret_cast<const void*>(static_cast<uintptr_t>(pointer[i])),
                   i == 0 ? c.O * c.C * c.K * c.K : c.O,

@@ -84,6 +84,16 @@ def test_it_runs_on_the_kernel_with_the_same_numbers(twins, x):
     assert fast[0].forward._bound is not None
 
 
+def test_a_channels_last_weight_is_read_where_it_lies(twins, x):
+    plain, fast = (model.to(memory_format=torch.channels_last) for model in twins)
+    assert_same(plain, fast, x)
+    assert fast[0].forward._bound is not None
+    with torch.no_grad():
+        change_data(plain[0])
+        change_data(fast[0])
+    assert_same(plain, fast, x)
+
+
 def test_explain_says_so(twins, x):
     plain, fast = twins
     stem = ek.explain(fast, x).rows[0]

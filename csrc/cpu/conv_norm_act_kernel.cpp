@@ -60,7 +60,9 @@ class Convolution {
     T* to = l_.weights + p * K * l_.terms * P;
     for (int64_t ky = 0; ky < K; ++ky) {
       for (int64_t k = 0; k < l_.terms; ++k, to += width) {
-        const int64_t term = (k / K * K + ky) * K + k % K;
+        const int64_t c = k / K, kx = k % K;
+        const int64_t term =
+            c_.weight_channels_last ? (ky * K + kx) * c_.C + c : (c * K + ky) * K + kx;
         for (int64_t o = 0; o < width; ++o) {
           const int64_t at = (first + o) * c_.C * K * K + term;
           to[o] = o < channels ? element<T>(c_.weight, at, T(0)) : T(0);

@@ -56,6 +56,7 @@ def bind(
     conditions: Conditions,
     *,
     memory_format: torch.memory_format | None = None,
+    is_dense: Callable[[Tensor], bool] = Tensor.is_contiguous,
 ) -> BoundCall | None:
     """``kernel`` as a function of the map, ``None`` where it cannot be bound.
 
@@ -66,10 +67,11 @@ def bind(
         kernel: for maps of x's shape and dtype.
         strides: of those maps.
         out_shape: of the result, a map whose pixels are dense or a matrix.
+        is_dense: whether the kernel reads a weight where it lies.
         memory_format: what brings other maps into these strides; ``None``: they are not taken.
     """
     tensors = [place.get(key) for place, key in conditions.weights]
-    dense = all(t is not None and type(t) in _PLAIN and t.is_contiguous() for t in tensors)
+    dense = all(t is not None and type(t) in _PLAIN and is_dense(t) for t in tensors)
     if _INTERFACE is None or type(x) is not Tensor or x.numel() == 0 or not dense:
         return None
     api, flags = _INTERFACE

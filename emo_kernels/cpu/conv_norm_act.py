@@ -35,6 +35,11 @@ def _is_nhwc(x: Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def _is_dense(x: Tensor) -> bool:
+    """Whether the map, or the weight, is in one of the two layouts that are read."""
+    return x.is_contiguous() or _is_nhwc(x)
+
+
 def _dense(x: Tensor) -> Tensor:
     """x in one of the two layouts that are read."""
     return x if _is_nhwc(x) else x.contiguous()
@@ -59,7 +64,8 @@ def _prepare(
     assert weight is not None
     pointers = layout.addresses(*tensors), layout.addresses(pivot, sums)
     dtypes = layout.DTYPES[x.dtype], layout.DTYPES[weight.dtype]
-    return _C.prepare_conv_norm_act(*dtypes, *pointers, _sizes(x, weight, **options), eps)
+    sizes = (*_sizes(x, weight, **options), _is_nhwc(weight))
+    return _C.prepare_conv_norm_act(*dtypes, *pointers, sizes, eps)
 
 
 def _output_shape(x: Tensor, weight: Tensor, **options: Any) -> tuple[int, int, int, int]:
@@ -87,7 +93,7 @@ def conv_norm_act(
         return out
     x, given = _dense(x), (weight, bias, norm_weight, norm_bias, norm_mean, norm_var)
     if all(t is None or t.dtype == x.dtype for t in given):
-        tensors = [None if t is None else t.contiguous() for t in given]
+        tensors = [_dense(weight), *(None if t is None else t.contiguous() for t in given[1:])]
     else:
         tensors = [layout.dense(t, x.dtype) for t in given]
     _prepare(x, tensors, **options)(x.data_ptr(), out.data_ptr(), torch.get_num_threads())
@@ -184,7 +190,8 @@ def conv_norm_act_bind(
     **options: Any,
 ) -> BoundCall | None:
     """:func:`conv_norm_act` with all settled but the map's contents."""
-    if not (x.is_contiguous() or _is_nhwc(x)):
+    if not _is_dense(x):
         return None
     kernel = _prepare(x, (weight, *others), **options)
-    return bind(kernel, x, x.stride(), _output_shape(x, weight, **options), conditions)
+    shape = _output_shape(x, weight, **options)
+    return bind(kernel, x, x.stride(), shape, conditions, is_dense=_is_dense)

@@ -69,11 +69,9 @@ class EMOStages(nn.Module):
 
     def run_stage(self, index: int, x: Tensor) -> Tensor:
         """One stage's blocks in order."""
+        checkpoints = self.grad_checkpointing and self.training and torch.is_grad_enabled()
         for block in self.stages[index]:
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = _checkpointed(block, x)
-            else:
-                x = block(x)
+            x = _checkpointed(block, x) if checkpoints else block(x)
         return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
