@@ -14,6 +14,7 @@ from bench_rows import Clock
 
 from emo_kernels.measure import noise, pinning, timing
 from emo_kernels.measure.limits import better, matmul_gflops, stream_gigabytes
+from emo_kernels.measure.probe import Probe
 
 
 def test_median_interval_by_hand() -> None:
@@ -156,3 +157,10 @@ def test_limits_are_rates() -> None:
     assert matmul_gflops(torch.float32, tries=1, side=64) > 0.01
     assert all(rate > 0.01 for rate in stream_gigabytes(tries=1, numbers=4096).values())
     assert better({"a": {"b": 1}, "c": 3}, {"a": {"b": 2}, "c": 1}) == {"a": {"b": 2}, "c": 3}
+
+
+def test_the_reference_workload_is_a_fixed_one() -> None:
+    probe = Probe(torch.device("cpu"))
+    assert 0 < probe() < 10.0
+    assert torch.equal(probe.product, torch.full_like(probe.a, probe.a.shape[0]))
+    assert torch.equal(probe.target, probe.source)

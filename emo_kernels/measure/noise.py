@@ -15,7 +15,7 @@ _STAT = Path("/proc/stat")
 _REFERENCE = "a reference workload"
 _SLOW = f"{_REFERENCE} took throughout"
 OTHERS, STOLEN, SPREAD = 0.15, 0.03, 1.25  # cores; share of the cores' time; p90 over median
-CALM_SHARE, PROBE_DRIFT = 0.75, 1.1  # of the rounds; of the reference workload, half to half
+CALM_SHARE, PROBE_DRIFT = 0.5, 1.1  # of the rounds; of the reference workload, half to half
 WIDTH, DRIFT = 1.06, 1.05  # of the ratio: ends of its interval; second half over the first
 SLOW = 1.15  # the reference workload over its best in the rows of one file
 

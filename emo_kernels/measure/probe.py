@@ -26,9 +26,9 @@ class Probe:
         self.source, self.target = (torch.ones(numbers, device=device) for _ in range(2))
 
     def __call__(self) -> float:
-        """Seconds: the median of three, after one that wakes the threads."""
+        """Seconds: the median of five, after one that wakes the threads."""
         self._work()
-        return statistics.median(seconds_of(self._work, self.device) for _ in range(3))
+        return statistics.median(seconds_of(self._work, self.device) for _ in range(5))
 
     def _work(self) -> None:
         torch.mm(self.a, self.b, out=self.product)
