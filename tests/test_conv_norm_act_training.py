@@ -226,6 +226,6 @@ def test_a_call_that_c_refuses_says_what_is_wrong() -> None:
         _C.conv_norm_act_backward(0, (0,) * 8, sizes, 1)
     with pytest.raises(ValueError, match="conv_norm_act_backward: sizes"):
         _C.conv_norm_act_backward(0, (0,) * 8, (1, 3, 8, 8, 0, *sizes[5:]), 1)
-    kernel = _C.prepare_conv_norm_act(0, 0, (64,) * 6, (64, 64), (*sizes[:10], 3), 1e-6)
+    kernel = _C.prepare_conv_norm_act(0, 0, (64,) * 6, (64, 64), (*sizes[:10], 3, 0), 1e-6)
     with pytest.raises(ValueError, match="sums behind an activation"):
         kernel(64, 64, 1)

@@ -310,11 +310,12 @@ def test_the_torch_ops(pivot: bool) -> None:
     want = reference.expand_depthwise_statistics(*tensors, around, **call.options)
     assert all(torch.equal(a, b) for a, b in zip(with_sums, want, strict=True))
     tests = ("test_schema", "test_faketensor")
+    library = torch.ops.emo_kernels
     for op, arguments in (
-        (ops_expand_depthwise.forward, (*tensors, *options)),
-        (ops_expand_depthwise.statistics, (*tensors, around, *options)),
+        (library.expand_depthwise, (*tensors, *options)),
+        (library.expand_depthwise_statistics, (*tensors, around, *options)),
     ):
-        torch.library.opcheck(op, arguments, test_utils=tests)
+        torch.library.opcheck(op.default, arguments, test_utils=tests)
 
 
 # ------------------------------------------------------------------------------------------ limits
