@@ -370,4 +370,6 @@ def test_suites_run(suite: str, chosen: str, tmp_path: Path) -> None:
         assert extra["flops"] > 0
         assert 0 < extra["gflops"]
         assert 0 < extra["percent_of_matmul"] < 150
-        assert 0 <= extra["max_error"] < 1e-3
+        assert extra["max_error"] >= 0
+        if "reference" not in measured["name"]:  # which is itself the yardstick
+            assert extra["max_error"] < 1e-3
