@@ -116,23 +116,24 @@ def test_a_neighbour_in_bursts_moves_no_ratio_or_the_row_is_marked(share: float)
 
 
 def test_a_neighbour_who_stays_half_the_run_is_marked() -> None:
-    slow: Slow = lambda now, who: 1.5 if now > 5.0 else 1.0  # noqa: E731
-    best, why = judged(Machine(1, slow, chance=0.1).measure())
+    best, why = judged(Machine(1, lambda now, who: 1.5 if now > 5.0 else 1.0, chance=0.1).measure())
     assert best.median == pytest.approx(TRUTH, rel=0.08)
     assert any("was slowed down in" in one for one in why)
 
 
 def test_a_machine_that_becomes_slower_is_marked() -> None:
     """By less than what makes a round not count."""
-    slow: Slow = lambda now, who: 1.15 if now > 5.0 else 1.0  # noqa: E731
-    _, why = judged(Machine(1, slow, chance=0.1).measure())
+    _, why = judged(Machine(1, lambda now, who: 1.15 if now > 5.0 else 1.0, chance=0.1).measure())
     assert any("in the second half" in one for one in why)
 
 
 def test_a_ratio_that_changes_is_marked() -> None:
     """Where the reference workload sees nothing: memory of ours alone, say."""
-    slow: Slow = lambda now, who: 1.2 if who == OURS and now > 5.0 else 1.0  # noqa: E731
-    _, why = judged(Machine(1, slow, chance=0.05).measure())
+    _, why = judged(
+        Machine(
+            1, lambda now, who: 1.2 if who == OURS and now > 5.0 else 1.0, chance=0.05
+        ).measure()
+    )
     assert any("the ratio was 0.8" in one for one in why)
 
 

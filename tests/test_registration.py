@@ -215,7 +215,6 @@ def kernel_call(x: Tensor, weight: Tensor) -> Any:
     return operator.backward(x, x, weight, None, None, None, [True, False], 1, 1, 1, "cpu")[0]
 
 
-@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="no compiled module")
 def test_a_step_calls_kernels_past_the_torch_op_only_where_nobody_watches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
