@@ -221,6 +221,17 @@ struct ExpandBackwardCall {
   int threads = 1;
 };
 
+// Both gradients in one pass over the expanded map between them: depthwise.dx is computed, times
+// act', as expand.grad, and neither is written. expand.slope and depthwise.x are the forward's, or
+// null: recomputed. Without out_grad and norm_grad; sizes and types agree.
+struct ExpandDepthwiseBackwardCall {
+  DType dtype = DType::kFloat32;
+  ExpandBackwardCall expand;
+  DepthwiseBackwardCall depthwise;
+  int64_t N = 0;
+  int threads = 1;
+};
+
 // out = residual + drop_scale[n] W (local + gate[n] silu(scale y + shift)), and sums = sum (out -
 // pivot), sum (out - pivot)^2.
 struct ShrinkCall {
@@ -288,6 +299,7 @@ void depthwise_conv2d_backward(const DepthwiseBackwardCall& call);
 void conv_norm_act_backward(const ConvNormActBackwardCall& call);
 void expand(const ExpandCall& call);
 void expand_backward(const ExpandBackwardCall& call);
+void expand_depthwise_backward(const ExpandDepthwiseBackwardCall& call);
 void shrink(const ShrinkCall& call);
 void shrink_backward(const ShrinkBackwardCall& call);
 void window_attention(const AttentionCall& call);

@@ -125,6 +125,9 @@ def expand(
 def expand_backward(
     dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float, threads: int
 ) -> None: ...
+def expand_depthwise_backward(
+    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float, threads: int
+) -> None: ...
 def shrink(dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int) -> None: ...
 def shrink_backward(
     dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int

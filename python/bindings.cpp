@@ -272,6 +272,26 @@ void expand_backward(int dtype, const py::tuple& pointers, const py::tuple& size
   cpu::expand_backward(c);
 }
 
+void expand_depthwise_backward(int dtype, const py::tuple& pointers, const py::tuple& sizes,
+                               double eps, int threads) {
+  cpu::ExpandDepthwiseBackwardCall c;
+  cpu::ExpandBackwardCall& e = c.expand;
+  cpu::DepthwiseBackwardCall& d = c.depthwise;
+  c.dtype = static_cast<emo_kernels::DType>(dtype);
+  point_all(pointers, d.grad, d.weight, d.y, d.coefficients, d.local_grad, d.x, e.slope, e.x,
+            e.weight, e.bias, e.norm_weight, e.norm_bias, e.mean, e.invstd, e.residual, e.dx,
+            e.dweight, e.dbias, e.sums, d.dweight);
+  size_all(sizes, c.N, d.H, d.W, e.C, e.M, d.K, d.stride, d.padding, d.dilation, e.norm, e.act,
+           e.behind_norm);
+  e.N = d.N = c.N;
+  e.pixels = d.H * d.W;
+  d.C = e.M;
+  e.eps = eps;
+  c.threads = threads;
+  py::gil_scoped_release unlocked;
+  cpu::expand_depthwise_backward(c);
+}
+
 void shrink(int dtype, const py::tuple& pointers, const py::tuple& sizes, int threads) {
   cpu::ShrinkCall c;
   c.dtype = static_cast<emo_kernels::DType>(dtype);
@@ -351,6 +371,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("depthwise_conv2d_backward", &depthwise_conv2d_backward);
   m.def("expand", &expand);
   m.def("expand_backward", &expand_backward);
+  m.def("expand_depthwise_backward", &expand_depthwise_backward);
   m.def("shrink", &shrink);
   m.def("shrink_backward", &shrink_backward);
   m.def("window_attention", &window_attention);

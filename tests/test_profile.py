@@ -149,7 +149,7 @@ def test_profile_of_training(
     plain, accelerated = capsys.readouterr().out.split("accelerated, 1 training steps")
     for words in ("aten::convolution_backward", "forward  backward", "% of floor"):
         assert words in plain
-    for words in ("emo_kernels::expand_backward", "emo_kernels::shrink_backward"):
+    for words in ("emo_kernels::expand_depthwise_backward", "emo_kernels::shrink_backward"):
         assert re.search(rf"^{words} +cpu +\d", accelerated, re.MULTILINE)
     names = ranges(tmp_path / "accelerated.json")
     assert {"irmb stage3.1", "irmb stage3.1 backward", "conv_norm_act stage0.0 backward"} <= names

@@ -24,6 +24,8 @@ EMO_KERNEL_FOR(DepthwiseCall, depthwise_conv2d_kernel, )
 EMO_KERNEL_FOR(DepthwiseBackwardCall, depthwise_conv2d_backward_kernel, )
 EMO_KERNEL_FOR(ExpandCall, expand_kernel, EMO_PAIRS(expand_kernel))
 EMO_KERNEL_FOR(ExpandBackwardCall, expand_backward_kernel, EMO_PAIRS(expand_backward_kernel))
+EMO_KERNEL_FOR(ExpandDepthwiseBackwardCall, expand_depthwise_backward_kernel,
+               EMO_PAIRS(expand_depthwise_backward_kernel))
 EMO_KERNEL_FOR(ShrinkCall, shrink_kernel, EMO_PAIRS(shrink_kernel))
 EMO_KERNEL_FOR(ShrinkBackwardCall, shrink_backward_kernel, EMO_PAIRS(shrink_backward_kernel))
 EMO_KERNEL_FOR(AttentionCall, window_attention_kernel, )
@@ -126,6 +128,17 @@ void expand_backward(const ExpandBackwardCall& call) {
   check(call.x && call.weight && call.grad, "expand_backward: a null pointer");
   check(call.C >= 1 && call.M >= 1 && call.pixels >= 1 && call.threads >= 1,
         "expand_backward: sizes");
+  launch(call);
+}
+
+void expand_depthwise_backward(const ExpandDepthwiseBackwardCall& call) {
+  const ExpandBackwardCall& e = call.expand;
+  const DepthwiseBackwardCall& d = call.depthwise;
+  check_convolution(d, "expand_depthwise_backward: sizes");
+  check(e.C >= 1 && e.M == d.C && e.pixels == d.H * d.W && e.N == call.N && d.N == call.N,
+        "expand_depthwise_backward: sizes");
+  check(e.x && e.weight && d.grad && d.weight && !d.y == !d.coefficients && !e.slope == !d.x,
+        "expand_depthwise_backward: a null pointer");
   launch(call);
 }
 

@@ -29,6 +29,7 @@ from emo_kernels.cpu.expand import (
     expand_unsupported,
     expand_with_slope,
 )
+from emo_kernels.cpu.expand_depthwise import expand_depthwise_backward
 from emo_kernels.cpu.irmb import irmb, irmb_bind, irmb_unsupported
 from emo_kernels.cpu.irmb_training import irmb_training_unsupported
 from emo_kernels.cpu.irmb_training import keeps_local_gradient as keeps_local_gradient
@@ -72,6 +73,7 @@ __all__ = [
     "expand",
     "expand_backward",
     "expand_backward_with_slope",
+    "expand_depthwise_backward",
     "expand_unsupported",
     "expand_with_slope",
     "irmb",

@@ -1,23 +1,25 @@
 """Expansion and depthwise convolution in one kernel: torch ops over the backends that have one.
 
-Semantics: :mod:`emo_kernels.reference.expand_depthwise`. A block's training step takes them where
-nobody else wants the map between the two.
+Semantics: :mod:`emo_kernels.reference.expand_depthwise`. A block's training step takes them, that
+of the forward pass where nobody else wants the map between the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emo_kernels.ops.registration import define_kernel, empty_map
+from emo_kernels.ops.registration import define_kernel, empty_gradients, empty_map
 from emo_kernels.spec import conv_output_size
 
 _TENSORS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
     "Tensor dw_weight"
 )
+_NORM_AT = 3
 _OPTIONS = "str norm, float eps, str act, int groups, int stride, int padding, int dilation"
 
 
@@ -40,6 +42,13 @@ def _statistics(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> tuple[
     return y, x.new_empty((2, weight.shape[0]), dtype=torch.float64)
 
 
+def _gradients(
+    grad: Tensor, *tensors: Tensor | None, needed: Sequence[bool], **_: Any
+) -> list[Tensor]:
+    *_extras, affine, _residual = tensors
+    return empty_gradients(tensors[:6], needed, affine, _NORM_AT)
+
+
 forward = define_kernel("expand_depthwise", _TENSORS, _OPTIONS, "Tensor", _convolved)
 statistics = define_kernel(
     "expand_depthwise_statistics",
@@ -47,4 +56,12 @@ statistics = define_kernel(
     _OPTIONS,
     "(Tensor, Tensor)",
     _statistics,
+)
+backward = define_kernel(
+    "expand_depthwise_backward",
+    f"Tensor grad, {_TENSORS}, Tensor? y, Tensor? coefficients, Tensor? local_grad, Tensor? e, "
+    "Tensor? slope, Tensor? affine, Tensor? residual",
+    f"bool[] needed, {_OPTIONS}",
+    "Tensor[]",
+    _gradients,
 )

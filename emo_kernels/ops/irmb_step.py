@@ -22,6 +22,7 @@ from emo_kernels.ops.expand import backward as expand_backward
 from emo_kernels.ops.expand import backward_with_slope as expand_backward_with_slope
 from emo_kernels.ops.expand import forward as expand_forward
 from emo_kernels.ops.expand import with_slope as expand_with_slope
+from emo_kernels.ops.expand_depthwise import backward as expand_depthwise_backward
 from emo_kernels.ops.expand_depthwise import forward as expand_depthwise_forward
 from emo_kernels.ops.expand_depthwise import statistics as expand_depthwise_statistics
 from emo_kernels.ops.registration import watched
@@ -276,13 +277,17 @@ class Step:
         dz, local_grad = self._shrink_backward(grad, maps, wants, grads)
         residual = grad if spec.skip and self.plan.adds_residual else None
         below = x_needed or bool(wants & _BELOW_THE_CONVOLUTION)
-        dx = self._convolve_backward(dz, maps, local_grad, below, wants, grads)
         # The norm's affine map and the residual belong to the operator that reads x.
         first: tuple[Any, ...] = (None, residual) if norm is None else (norm.affine, None)
-        if below and self.expands:
-            at_x = (None, None) if self.attends else first
-            skip = (grad, self.proj, self.drop_scale) if self.recomputes_local else 3 * (None,)
-            dx = self._expand_backward(dx, maps, at_x, skip, wants, grads)
+        at_x = (None, None) if self.attends else first
+        dx: Tensor | None
+        if below and self._convolves_with_expansion():
+            dx = self._expand_convolve_backward(dz, maps, local_grad, at_x, wants, grads)
+        else:
+            dx = self._convolve_backward(dz, maps, local_grad, below, wants, grads)
+            if below and self.expands:
+                skip = (grad, self.proj, self.drop_scale) if self.recomputes_local else 3 * (None,)
+                dx = self._expand_backward(dx, maps, at_x, skip, wants, grads)
         if below and self.attends:
             dx = self._attend_backward(dx, x, norm, first, wants, grads)
         if not (self.expands or self.attends) and dx is not None and residual is not None:
@@ -348,8 +353,7 @@ class Step:
         grads: dict[str, Any],
     ) -> Tensor | None:
         """The gradient at e, but for the local skip where an expansion follows."""
-        sums = grads.pop("bn_sums")
-        c = batch_norm.coefficients(sums, maps.bn, self.plan.bn, self.backend)
+        c = self._coefficients(maps, grads)
         asked = [below, "dw_weight" in wants]
         dw_weight = self.weights.dw_weight
         found = depthwise_conv2d_backward(
@@ -357,6 +361,39 @@ class Step:
         )
         de, grads["dw_weight"] = spread(found, asked)
         return de
+
+    def _coefficients(self, maps: Maps, grads: dict[str, Any]) -> Tensor:
+        """What takes the batch norm behind the convolution back."""
+        sums = grads.pop("bn_sums")
+        return batch_norm.coefficients(sums, maps.bn, self.plan.bn, self.backend)
+
+    def _convolves_with_expansion(self) -> bool:
+        """Whether one kernel takes both gradients, and writes nothing between them."""
+        return (
+            self.expands
+            and not self.recomputes_local
+            and backends.has(self.backend, "expand_depthwise_backward")
+        )
+
+    def _expand_convolve_backward(
+        self,
+        dz: Tensor,
+        maps: Maps,
+        local_grad: Tensor | None,
+        at_x: tuple[Any, ...],
+        wants: set[str],
+        grads: dict[str, Any],
+    ) -> Tensor:
+        c = self._coefficients(maps, grads)
+        tensors, options = self._expand_arguments(None if self.attends else maps.norm)
+        asked = [*self._asked_of_expansion(at_x[0], wants), "dw_weight" in wants]
+        kept = (None, None) if maps.slope is None else (maps.e, maps.slope)
+        arguments = (maps.s, *tensors, self.weights.dw_weight, maps.y, c, local_grad, *kept, *at_x)
+        found = spread(
+            expand_depthwise_backward(dz, *arguments, asked, *options[:-1], *self.conv), asked
+        )
+        grads["dw_weight"] = found.pop()
+        return self._keep_expansion(at_x[0], found, grads)
 
     def _expand_backward(
         self,
@@ -370,15 +407,23 @@ class Step:
         affine, residual = at_x
         norm = None if self.attends else maps.norm
         tensors, options = self._expand_arguments(norm)
-        asked = [True, *self._asked(("v_weight", "v_bias"), wants)]
-        asked += self._asked_of_norm(affine, wants) if not self.attends else [False, False]
+        asked = self._asked_of_expansion(affine, wants)
         if maps.slope is not None:
             arguments = (maps.s, *tensors, affine, residual)
             found = expand_backward_with_slope(grad, maps.slope, *arguments, asked, *options)
         else:
             arguments = (maps.s, *tensors, affine, *skip, residual)
             found = expand_backward(grad, *arguments, asked, *options)
-        dx, grads["v_weight"], grads["v_bias"], *of_norm = spread(found, asked)
+        return self._keep_expansion(affine, spread(found, asked), grads)
+
+    def _asked_of_expansion(self, affine: Tensor | None, wants: set[str]) -> list[bool]:
+        of_norm = self._asked_of_norm(affine, wants) if not self.attends else [False, False]
+        return [True, *self._asked(("v_weight", "v_bias"), wants), *of_norm]
+
+    def _keep_expansion(
+        self, affine: Tensor | None, found: list[Any], grads: dict[str, Any]
+    ) -> Tensor:
+        dx, grads["v_weight"], grads["v_bias"], *of_norm = found
         if not self.attends:
             self._keep_norm(affine, of_norm, grads)
         return dx

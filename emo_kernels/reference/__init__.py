@@ -30,7 +30,11 @@ from emo_kernels.reference.expand import (
     expand_backward_with_slope,
     expand_with_slope,
 )
-from emo_kernels.reference.expand_depthwise import expand_depthwise, expand_depthwise_statistics
+from emo_kernels.reference.expand_depthwise import (
+    expand_depthwise,
+    expand_depthwise_backward,
+    expand_depthwise_statistics,
+)
 from emo_kernels.reference.irmb import irmb
 from emo_kernels.reference.norm_pool_linear import norm_pool_linear
 from emo_kernels.reference.shrink import shrink, shrink_backward, shrink_statistics
@@ -54,6 +58,7 @@ __all__ = [
     "expand_backward",
     "expand_backward_with_slope",
     "expand_depthwise",
+    "expand_depthwise_backward",
     "expand_depthwise_statistics",
     "expand_with_slope",
     "irmb",

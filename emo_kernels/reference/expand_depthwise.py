@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from emo_kernels.reference.batch_norm import batch_norm_sums
-from emo_kernels.reference.depthwise_conv2d import depthwise_conv2d
-from emo_kernels.reference.expand import expand
+from emo_kernels.reference.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_backward
+from emo_kernels.reference.expand import expand, expand_backward
 
 
 def expand_depthwise(
@@ -80,3 +83,46 @@ def expand_depthwise_statistics(
         dilation=dilation,
     )
     return y, batch_norm_sums(y, pivot)
+
+
+def expand_depthwise_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dw_weight: Tensor,
+    y: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    local_grad: Tensor | None = None,
+    e: Tensor | None = None,
+    slope: Tensor | None = None,
+    affine: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    needed: Sequence[bool],
+    norm: str,
+    eps: float,
+    act: str,
+    groups: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> list[Tensor]:
+    """Gradients of (x, weight, bias, norm_weight, norm_bias, dw_weight), those that are needed.
+
+    Args:
+        grad, y, coefficients, local_grad: of :func:`depthwise_conv2d_backward`, which gives the
+            gradient at e.
+        e, slope: what :func:`expand_with_slope` gave, for a backend that reads them; or None.
+        affine, residual: of :func:`expand_backward`.
+    """
+    tensors = (x, weight, bias, norm_weight, norm_bias)
+    options: dict[str, Any] = {"norm": norm, "eps": eps, "act": act, "groups": groups}
+    step: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    e = expand(*tensors, **options)
+    arguments = (grad, e, dw_weight, y, coefficients, local_grad)
+    de, *dw = depthwise_conv2d_backward(*arguments, needed=(True, needed[5]), **step)
+    grads = expand_backward(de, *tensors, affine, residual=residual, needed=needed[:5], **options)
+    return [*grads, *dw]
