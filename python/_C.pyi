@@ -91,53 +91,55 @@ def bind_call(
         tools: ``Tensor.is_neg``, ``torch.get_num_threads``, ``Tensor.contiguous``.
     """
 
-def pixels(
-    dtype: int, op: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int
-) -> None: ...
-def batch_norm_activate(
-    dtype: int,
-    op: int,
-    act: int,
-    pointers: tuple[int, ...],
-    sizes: tuple[int, ...],
-    threads: int,
-) -> None: ...
-def conv_norm_act_backward(
-    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int
-) -> None: ...
-def batch_norm(
-    dtype: int,
-    pointers: tuple[int, ...],
-    channels: int,
-    count: float,
-    momentum: float,
-    eps: float,
-) -> None: ...
-def depthwise_conv2d(
-    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int
-) -> None: ...
-def depthwise_conv2d_backward(
-    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int
-) -> None: ...
-def expand(
-    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float, threads: int
-) -> None: ...
-def expand_backward(
-    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float, threads: int
-) -> None: ...
-def expand_depthwise_backward(
-    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float, threads: int
-) -> None: ...
-def shrink(dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int) -> None: ...
-def shrink_backward(
-    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], threads: int
-) -> None: ...
-def window_attention(
-    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float, threads: int
-) -> None: ...
-def window_attention_backward(
-    dtype: int, pointers: tuple[int, ...], sizes: tuple[int, ...], eps: float, threads: int
-) -> None: ...
+class Launch:
+    """A kernel of a training step that lacks its tensors' addresses and the number of threads."""
+
+    def __call__(self, addresses: tuple[int, ...], threads: int) -> None: ...
+
+def pixels(dtype: int, op: int, act: int, sizes: tuple[int, ...]) -> Launch: ...
+def batch_norm(dtype: int, channels: int, count: float, momentum: float, eps: float) -> Launch: ...
+def convert(from_dtype: int, dtype: int, count: int) -> Launch: ...
+def conv_norm_act_backward(dtype: int, sizes: tuple[int, ...]) -> Launch: ...
+def depthwise_conv2d(dtype: int, sizes: tuple[int, ...]) -> Launch: ...
+def depthwise_conv2d_backward(dtype: int, sizes: tuple[int, ...]) -> Launch: ...
+def expand(dtype: int, sizes: tuple[int, ...], eps: float) -> Launch: ...
+def expand_backward(dtype: int, sizes: tuple[int, ...], eps: float) -> Launch: ...
+def expand_depthwise_backward(dtype: int, sizes: tuple[int, ...], eps: float) -> Launch: ...
+def shrink(dtype: int, sizes: tuple[int, ...]) -> Launch: ...
+def shrink_backward(dtype: int, sizes: tuple[int, ...]) -> Launch: ...
+def window_attention(dtype: int, sizes: tuple[int, ...], eps: float) -> Launch: ...
+def window_attention_backward(dtype: int, sizes: tuple[int, ...], eps: float) -> Launch: ...
+
+class Tape:
+    """The launches of a pass, made again for other tensors of the same layouts.
+
+    A place is (slot, bytes from its start); slot -1 is a null pointer. Slots count the inputs, then
+    the results, then the memory between.
+
+    Args:
+        api: torch's capsule ``__dlpack_c_exchange_api__``.
+        inputs: tensors of the layouts, or ``None``, that every call must give.
+        results: tensors of the layouts that every call makes, at most four dimensions each.
+        between: bytes of what is written and read by launches only.
+        outputs: which result each output is; -1: ``None``.
+        launches: each with its places.
+    """
+
+    def __init__(
+        self,
+        *,
+        api: object,
+        inputs: tuple[Tensor | None, ...],
+        results: tuple[Tensor, ...],
+        between: list[int],
+        outputs: list[int],
+        launches: list[tuple[Launch, list[tuple[int, int]]]],
+    ) -> None: ...
+    def __call__(
+        self, inputs: tuple[Tensor | None, ...], threads: int
+    ) -> tuple[Tensor | None, ...] | None:
+        """The outputs; ``None``, and nothing has run, where an input has another layout."""
+
 def cuda_sources() -> str: ...
 
 # Pointers of a call: an address, or (address, dtype) where any dtype is taken.

@@ -14,29 +14,12 @@
 
 #include "dlpack.h"
 #include "new_map.h"
+#include "tensor_memory.h"
 
 namespace py = pybind11;
 
 namespace emo_kernels::python {
 namespace {
-
-struct Memory {
-  void* data;
-  dlpack::DataType dtype;
-  std::vector<int64_t> shape, strides;
-};
-
-bool same_layout(const dlpack::Tensor& t, const Memory& m, bool strides_of_ones) {
-  if (t.device.type != dlpack::kCpu || t.dims != static_cast<int32_t>(m.shape.size()) ||
-      t.dtype.code != m.dtype.code || t.dtype.bits != m.dtype.bits || t.byte_offset != 0) {
-    return false;
-  }
-  for (int32_t d = 0; d < t.dims; ++d) {
-    if (t.shape[d] != m.shape[d]) return false;
-    if (t.strides[d] != m.strides[d] && (strides_of_ones || m.shape[d] != 1)) return false;
-  }
-  return true;
-}
 
 // Borrowed pointers: State::held keeps the objects alive.
 struct Place {
@@ -58,7 +41,7 @@ struct Flag {
 
 struct Weight {
   Place place;
-  Memory memory;
+  TensorMemory memory;
 };
 
 struct State {
@@ -69,7 +52,7 @@ struct State {
   std::vector<Flag> flags;
   std::vector<Weight> weights;
   PyObject *is_negative, *num_threads, *to_layout, *layout_names, *layout;
-  Memory map, result;
+  TensorMemory map, result;
   Prepared kernel;
 };
 
@@ -205,12 +188,6 @@ PyType_Slot kSlots[] = {{Py_tp_traverse, reinterpret_cast<void*>(traverse)},
 PyType_Spec kType = {"emo_kernels._C.BoundCall", sizeof(BoundCall), 0,
                      Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL, kSlots};
 
-Memory memory_of(const State& s, PyObject* tensor) {
-  dlpack::Tensor t;
-  if (s.api->look_at(tensor, &t) != 0) throw py::error_already_set();
-  return {t.data, t.dtype, {t.shape, t.shape + t.dims}, {t.strides, t.strides + t.dims}};
-}
-
 Place place_of(const py::handle& pair) {
   const auto dict = pair.cast<py::tuple>()[0], key = pair.cast<py::tuple>()[1];
   if (!PyDict_Check(dict.ptr())) throw std::invalid_argument("bind_call: a place is in no dict");
@@ -231,7 +208,7 @@ py::object bind_call(const Prepared& kernel, const py::object& api, const py::ob
   s.api = exchange_api(api);
   s.tensor_type = Py_TYPE(x.ptr());
   s.kernel = kernel;
-  s.map = memory_of(s, x.ptr());
+  s.map = memory_of(*s.api, x.ptr());
   s.map.strides = map_strides;
   s.result = {nullptr, s.map.dtype, shape, strides};
   if (shape.size() > 4 || strides.size() != shape.size() ||
@@ -244,7 +221,7 @@ py::object bind_call(const Prepared& kernel, const py::object& api, const py::ob
   for (const py::handle pair : weights) {
     const Place place = place_of(pair);
     if (place.expected == nullptr) throw std::invalid_argument("bind_call: a weight is missing");
-    s.weights.push_back({place, memory_of(s, place.expected)});
+    s.weights.push_back({place, memory_of(*s.api, place.expected)});
     values.append(py::handle(place.expected));
   }
   for (const Place& place : s.places) {

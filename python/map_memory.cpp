@@ -15,6 +15,7 @@ namespace emo_kernels::python {
 namespace {
 
 constexpr int64_t kPage = 4096, kLargePage = int64_t{2} << 20;
+constexpr int64_t kSmall = 32 << 10;  // bytes below which malloc asks for no new pages
 
 int64_t rounded(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -54,8 +55,7 @@ MapMemory::MapMemory() {
 }
 
 void* MapMemory::take(int64_t bytes) {
-  const int64_t size = taken(bytes);
-  {
+  if (const int64_t size = taken(bytes); bytes >= kSmall) {
     const std::lock_guard lock(mutex_);
     for (auto gap = idle_.begin(); gap != idle_.end(); ++gap) {
       const auto [begin, length] = *gap;
@@ -65,7 +65,8 @@ void* MapMemory::take(int64_t bytes) {
       return base_ + begin;
     }
   }
-  void* const data = std::aligned_alloc(64, static_cast<size_t>(rounded(bytes, 64)));
+  void* const data =
+      std::aligned_alloc(64, static_cast<size_t>(rounded(bytes > 0 ? bytes : 1, 64)));
   if (data == nullptr) throw std::bad_alloc();
   return data;
 }

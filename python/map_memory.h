@@ -9,8 +9,9 @@ namespace emo_kernels::python {
 
 // One range of addresses, as long as the machine's memory; pages come when they are written, in
 // 2 MB where the system has them, and stay until clear(). Maps lie as low as they fit, so that no
-// more pages are held than the maps alive at one time took. Where no such range is to be had, or
-// it is full, maps are malloc's. Any thread may take and give back; so may a forked child.
+// more pages are held than the maps alive at one time took. Small ones are malloc's, and all are
+// where no such range is to be had or it is full. Any thread may take and give back; so may a
+// forked child.
 class MapMemory {
  public:
   MapMemory();

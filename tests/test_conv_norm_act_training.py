@@ -223,9 +223,9 @@ def test_one_value_has_no_statistics(backend: str) -> None:
 def test_a_call_that_c_refuses_says_what_is_wrong() -> None:
     sizes = (1, 3, 8, 8, 4, 3, 2, 1, 1, 0, 0)
     with pytest.raises(ValueError, match="conv_norm_act_backward: a null pointer"):
-        _C.conv_norm_act_backward(0, (0,) * 8, sizes, 1)
+        _C.conv_norm_act_backward(0, sizes)((0,) * 8, 1)
     with pytest.raises(ValueError, match="conv_norm_act_backward: sizes"):
-        _C.conv_norm_act_backward(0, (0,) * 8, (1, 3, 8, 8, 0, *sizes[5:]), 1)
+        _C.conv_norm_act_backward(0, (1, 3, 8, 8, 0, *sizes[5:]))((0,) * 8, 1)
     kernel = _C.prepare_conv_norm_act(0, 0, (64,) * 6, (64, 64), (*sizes[:10], 3, 0), 1e-6)
     with pytest.raises(ValueError, match="sums behind an activation"):
         kernel(64, 64, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -129,3 +130,25 @@ def test_explain_names_the_training_backend(backend: str) -> None:
         block = ek.accelerate(small("attention_last").to(device_of(backend)))
     (row,) = ek.explain(block).rows
     assert row.training == "reference" and "behind the convolution" in str(row.training_reasons)
+
+
+@pytest.mark.parametrize("of", ["the map", "the gradient"])
+def test_lazy_negation_is_read(of: str) -> None:
+    torch.manual_seed(0)
+    block = ek.nn.iRMB(16, 16, attn_s=False, exp_ratio=2.0).train()
+    other = copy.deepcopy(block)
+    ek.accelerate(block, backend="cpu")
+    x, grad = torch.randn(2, 16, 9, 9), torch.randn(2, 16, 9, 9)
+    if of == "the map":
+        x = torch._neg_view(x)
+    else:
+        grad = torch._neg_view(grad)
+    found = []
+    for one in (block, other):
+        mine = x.detach().requires_grad_()
+        out = one(mine)
+        out.backward(grad)
+        assert mine.grad is not None
+        found.append((out.detach(), mine.grad, one.proj.conv.weight.grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -31,7 +31,7 @@ set(EMO_CPU_KERNELS irmb conv_norm_act conv_norm_act_backward norm_pool_linear p
     expand_depthwise_backward shrink shrink_backward window_attention window_attention_backward)
 set(EMO_CPU_KERNELS_avx512bf16 irmb expand expand_backward
     expand_depthwise_backward shrink shrink_backward) # what has bfloat16 products; the rest runs as avx512
-add_library(emo_kernels_cpu STATIC csrc/cpu/batch_norm.cpp csrc/cpu/irmb.cpp csrc/cpu/irmb_plan.cpp csrc/cpu/isa.cpp
+add_library(emo_kernels_cpu STATIC csrc/cpu/batch_norm.cpp csrc/cpu/convert.cpp csrc/cpu/irmb.cpp csrc/cpu/irmb_plan.cpp csrc/cpu/isa.cpp
     csrc/cpu/threads.cpp csrc/cpu/training.cpp)
 target_include_directories(emo_kernels_cpu PUBLIC csrc)
 target_compile_options(emo_kernels_cpu PRIVATE ${EMO_OPTIMIZATION} ${EMO_WARNINGS})

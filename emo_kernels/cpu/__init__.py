@@ -35,6 +35,7 @@ from emo_kernels.cpu.irmb_training import irmb_training_unsupported
 from emo_kernels.cpu.irmb_training import keeps_local_gradient as keeps_local_gradient
 from emo_kernels.cpu.irmb_training import keeps_slope as keeps_slope
 from emo_kernels.cpu.launches import held_back as held_back
+from emo_kernels.cpu.layout import gradient_like as gradient_like
 from emo_kernels.cpu.norm_pool_linear import (
     norm_pool_linear,
     norm_pool_linear_bind,
@@ -47,6 +48,7 @@ from emo_kernels.cpu.shrink import (
     shrink_unsupported,
 )
 from emo_kernels.cpu.squeeze import squeeze, squeeze_backward
+from emo_kernels.cpu.tapes import repeated as repeated
 from emo_kernels.cpu.window_attention import (
     window_attention,
     window_attention_backward,

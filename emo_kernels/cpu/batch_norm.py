@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
-from emo_kernels.cpu.launches import launch
+from emo_kernels.cpu.launches import launch, moves
 
 _SUMS, _BACKWARD, _ACT, _ACT_SUMS = 0, 1, 4, 5  # PixelsOp of csrc/emo_kernels.h
 
@@ -20,9 +19,8 @@ def batch_norm_sums(x: Tensor, pivot: Tensor | None) -> Tensor:
         return x.new_zeros((2, c), dtype=torch.float64)
     x, pivot = layout.pixels(x), layout.dense(pivot, x.dtype)
     sums = layout.doubles(2, c)
-    pointers = layout.addresses(x, None, None, pivot, None, None, None, sums)
-    threads = torch.get_num_threads()
-    launch(_C.pixels, layout.DTYPES[x.dtype], _SUMS, pointers, (n, h * w, c), threads)
+    kernel = _C.pixels(layout.DTYPES[x.dtype], _SUMS, 0, (n, h * w, c))
+    launch(kernel, x, None, None, pivot, None, None, None, sums)
     return sums
 
 
@@ -40,19 +38,22 @@ def batch_norm_finalize(
     dtype: torch.dtype,
 ) -> Tensor:
     """(4, C): scale, shift, mean, 1 / sqrt(var + eps); moves the running statistics in place."""
-    affine = torch.empty((4, sums.shape[1]), dtype=dtype)
+    affine = layout.empty((4, sums.shape[1]), dtype)
     vectors = [layout.dense(t, dtype) for t in (pivot, weight, bias, running_mean, running_var)]
     sums = sums.contiguous()  # float64, as the kernels write them
-    pointers = layout.addresses(sums, *vectors, affine, None)
     n = float(count if global_count is None else global_count)
-    launch(_C.batch_norm, layout.DTYPES[dtype], pointers, sums.shape[1], n, momentum, eps)
+    kernel = _C.batch_norm(layout.DTYPES[dtype], sums.shape[1], n, momentum, eps)
+    launch(kernel, sums, *vectors, affine, None)
     for running, moved in zip((running_mean, running_var), vectors[3:], strict=True):
         if running is None or moved is None:
             continue
-        if moved is running:
-            increment_version(running)
-        else:
-            launch(running.copy_, moved)
+        if moved is not running:
+            if running.dtype in layout.DTYPES and running.is_contiguous():
+                dtypes = layout.DTYPES[dtype], layout.DTYPES[running.dtype]
+                launch(_C.convert(*dtypes, running.numel()), moved, running)
+            else:
+                launch(running.copy_, moved)
+        moves(running)
     return affine
 
 
@@ -64,12 +65,11 @@ def batch_norm_backward_finalize(
     batch_statistics: bool,
 ) -> Tensor:
     """(4, C): c1, c2, c3, mean of dx = c1 dz + c2 (x - mean) + c3."""
-    coefficients = torch.empty_like(affine)
+    coefficients = layout.empty(tuple(affine.shape), affine.dtype)
     known = sums.contiguous() if batch_statistics else None
-    vectors = (None,) * 5
-    pointers = layout.addresses(known, *vectors, affine, coefficients)
     n = float(count if global_count is None else global_count)
-    launch(_C.batch_norm, layout.DTYPES[affine.dtype], pointers, affine.shape[1], n, 0.0, 0.0)
+    kernel = _C.batch_norm(layout.DTYPES[affine.dtype], affine.shape[1], n, 0.0, 0.0)
+    launch(kernel, known, None, None, None, None, None, affine, coefficients)
     return coefficients
 
 
@@ -83,9 +83,8 @@ def batch_norm_backward(
         return dx
     x, grad, residual = layout.pixels(x), layout.pixels(grad), layout.dense_map(residual)
     rows = layout.dense(coefficients, x.dtype)
-    pointers = layout.addresses(x, grad, residual, None, rows, None, dx, None)
-    threads = torch.get_num_threads()
-    launch(_C.pixels, layout.DTYPES[x.dtype], _BACKWARD, pointers, (n, h * w, c), threads)
+    kernel = _C.pixels(layout.DTYPES[x.dtype], _BACKWARD, 0, (n, h * w, c))
+    launch(kernel, x, grad, residual, None, rows, None, dx, None)
     return dx
 
 
@@ -96,8 +95,7 @@ def batch_norm_activate(x: Tensor, norm: Tensor, *, act: str) -> Tensor:
     if x.numel() == 0:
         return out
     x, rows = layout.pixels(x), layout.dense(norm, x.dtype)
-    pointers = layout.addresses(x, None, rows, out, None)
-    _norm_act(x, _ACT, act, pointers, (n, h * w, c))
+    launch(_norm_act(x, _ACT, act), x, None, None, None, rows, None, out, None)
     return out
 
 
@@ -108,13 +106,10 @@ def batch_norm_activate_sums(grad: Tensor, x: Tensor, norm: Tensor, *, act: str)
         return x.new_zeros((2, c), dtype=torch.float64)
     x, grad, rows = layout.pixels(x), layout.pixels(grad), layout.dense(norm, x.dtype)
     sums = layout.doubles(2, c)
-    pointers = layout.addresses(x, grad, rows, None, sums)
-    _norm_act(x, _ACT_SUMS, act, pointers, (n, h * w, c))
+    launch(_norm_act(x, _ACT_SUMS, act), x, grad, None, None, rows, None, None, sums)
     return sums
 
 
-def _norm_act(
-    x: Tensor, op: int, act: str, pointers: tuple[int, ...], sizes: tuple[int, ...]
-) -> None:
-    dtype, activation = layout.DTYPES[x.dtype], layout.ACTIVATIONS[act]
-    _C.batch_norm_activate(dtype, op, activation, pointers, sizes, torch.get_num_threads())
+def _norm_act(x: Tensor, op: int, act: str) -> _C.Launch:
+    n, c, h, w = x.shape
+    return _C.pixels(layout.DTYPES[x.dtype], op, layout.ACTIVATIONS[act], (n, h * w, c))

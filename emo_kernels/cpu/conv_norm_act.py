@@ -12,6 +12,7 @@ from emo_kernels import _C
 from emo_kernels.cpu import layout
 from emo_kernels.cpu.batch_norm import batch_norm_activate_sums, batch_norm_backward_finalize
 from emo_kernels.cpu.bound import BoundCall, bind
+from emo_kernels.cpu.launches import launch
 from emo_kernels.spec import Conditions, conv_output_size
 
 _MOST_TAPS = 64  # kMostTaps of csrc/emo_kernels.h
@@ -148,7 +149,7 @@ def conv_norm_act_backward(
     dx = layout.new_map(x, n, c, h, w) if needed[0] else None
     dweight = None
     if needed[1]:
-        dweight = torch.empty(weight.shape, dtype=layout.computed_in(x.dtype))
+        dweight = layout.empty(tuple(weight.shape), layout.computed_in(x.dtype))
     if grad.numel() == 0:
         for empty in (dx, dweight):
             if empty is not None:
@@ -157,14 +158,13 @@ def conv_norm_act_backward(
         x = _dense(x)
         maps = layout.pixels(grad), layout.pixels(y), x
         vectors = [layout.dense(t, x.dtype) for t in (weight, norm, coefficients)]
-        pointers = layout.addresses(*maps, *vectors, dx, dweight)
         sizes = _sizes(x, weight, act, **options)
-        dtype, threads = layout.DTYPES[x.dtype], torch.get_num_threads()
-        _C.conv_norm_act_backward(dtype, pointers, sizes, threads)
-    grads = [dx, layout.like(dweight, weight), *5 * [None]]
+        kernel = _C.conv_norm_act_backward(layout.DTYPES[x.dtype], sizes)
+        launch(kernel, *maps, *vectors, dx, dweight)
+    grads = [dx, layout.gradient_like(dweight, weight), *5 * [None]]
     if sums is not None:
         rows = (norm[0] * sums[0], sums[1], sums[0])
-        grads[2:5] = map(layout.like, rows, (bias, norm_weight, norm_bias))
+        grads[2:5] = map(layout.gradient_like, rows, (bias, norm_weight, norm_bias))
         still = (norm_mean, norm_var)
         grads[5:] = [None if t is None else torch.zeros_like(t) for t in still]
     return layout.chosen(grads, needed)

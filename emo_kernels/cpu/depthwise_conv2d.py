@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from emo_kernels import _C
@@ -39,9 +38,8 @@ def _convolve(
         return y
     filters, pivot = layout.dense(weight, x.dtype), layout.dense(pivot, x.dtype)
     x = layout.pixels(x)
-    pointers = layout.addresses(x, filters, pivot, y, sums)
-    sizes = (n, c, h, w, k, *options)
-    launch(_C.depthwise_conv2d, layout.DTYPES[x.dtype], pointers, sizes, torch.get_num_threads())
+    kernel = _C.depthwise_conv2d(layout.DTYPES[x.dtype], (n, c, h, w, k, *options))
+    launch(kernel, x, filters, pivot, y, sums)
     return y
 
 
@@ -83,7 +81,7 @@ def depthwise_conv2d_backward(
     n, c, h, w = x.shape
     k = weight.shape[-1]
     dx = layout.new_map(x, n, c, h, w) if needed[0] else None
-    dweight = torch.empty((c, 1, k, k), dtype=layout.computed_in(x.dtype)) if needed[1] else None
+    dweight = layout.empty((c, 1, k, k), layout.computed_in(x.dtype)) if needed[1] else None
     if grad.numel() == 0:
         grads = [None if g is None else g.zero_() for g in (dx, dweight)]
         return layout.chosen(grads, needed)
@@ -100,7 +98,5 @@ def depthwise_conv2d_backward(
         dweight,
     )
     sizes = (n, c, h, w, k, stride, padding, dilation)
-    pointers = layout.addresses(*tensors)
-    threads = torch.get_num_threads()
-    launch(_C.depthwise_conv2d_backward, layout.DTYPES[x.dtype], pointers, sizes, threads)
-    return layout.chosen([dx, layout.like(dweight, weight)], needed)
+    launch(_C.depthwise_conv2d_backward(layout.DTYPES[x.dtype], sizes), *tensors)
+    return layout.chosen([dx, layout.gradient_like(dweight, weight)], needed)

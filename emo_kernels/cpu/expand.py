@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from emo_kernels import _C
@@ -56,8 +55,7 @@ def _expand(
     parameters = [layout.dense(t, dtype) for t in (weight, bias, norm_weight, norm_bias)]
     x = layout.pixels(x)
     sizes = (n, h * w, c, m, layout.NORMS[norm], layout.ACTIVATIONS[act])
-    pointers = layout.addresses(x, *parameters, out, slope)
-    launch(_C.expand, layout.DTYPES[dtype], pointers, sizes, eps, torch.get_num_threads())
+    launch(_C.expand(layout.DTYPES[dtype], sizes, eps), x, *parameters, out, slope)
     return out
 
 
@@ -96,7 +94,7 @@ def expand_backward(
     trains_norm = affine is not None
     wants_sums = needed[3] or (needed[4] and not trains_norm)
     dx = layout.new_map(x, n, c, h, w) if needed[0] else None
-    dweight = torch.empty((m, c), dtype=layout.computed_in(dtype)) if needed[1] else None
+    dweight = layout.empty((m, c), layout.computed_in(dtype)) if needed[1] else None
     dbias = layout.doubles(m) if needed[2] else None
     sums = layout.doubles(2, c) if wants_sums else None
     mean = invstd = None
@@ -117,15 +115,14 @@ def expand_backward(
         tensors += [layout.dense_map(slope)]
         tensors += [dx, dweight, dbias, sums]
         sizes = (n, h * w, c, m, o, layout.NORMS[norm], layout.ACTIVATIONS[act], trains_norm)
-        pointers = layout.addresses(*tensors)
-        launch(
-            _C.expand_backward, layout.DTYPES[dtype], pointers, sizes, eps, torch.get_num_threads()
-        )
-    grads = [dx, *map(layout.like, (dweight, dbias), (weight, bias))]
+        launch(_C.expand_backward(layout.DTYPES[dtype], sizes, eps), *tensors)
+    grads = [dx, *map(layout.gradient_like, (dweight, dbias), (weight, bias))]
     if trains_norm:
         return layout.chosen([*grads, sums, None], needed)
     rows = (None, None) if sums is None else (sums[1], sums[0])
-    return layout.chosen([*grads, *map(layout.like, rows, (norm_weight, norm_bias))], needed)
+    return layout.chosen(
+        [*grads, *map(layout.gradient_like, rows, (norm_weight, norm_bias))], needed
+    )
 
 
 def expand_backward_with_slope(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from emo_kernels import _C
@@ -47,10 +46,10 @@ def expand_depthwise_backward(
     trains_norm = affine is not None
     dx = layout.new_map(x, n, c, h, w) if needed[0] else None
     wide = layout.computed_in(dtype)
-    dweight = torch.empty((m, c), dtype=wide) if needed[1] else None
+    dweight = layout.empty((m, c), wide) if needed[1] else None
     dbias = layout.doubles(m) if needed[2] else None
     sums = layout.doubles(2, c) if needed[3] or (needed[4] and not trains_norm) else None
-    dfilters = torch.empty((m, 1, k, k), dtype=wide) if needed[5] else None
+    dfilters = layout.empty((m, 1, k, k), wide) if needed[5] else None
     mean = invstd = None
     if affine is not None:
         norm, (norm_weight, norm_bias, mean, invstd) = "affine", affine
@@ -70,11 +69,12 @@ def expand_depthwise_backward(
         tensors += [layout.dense_map(residual), dx, dweight, dbias, sums, dfilters]
         switches = (layout.NORMS[norm], layout.ACTIVATIONS[act], trains_norm)
         sizes = (n, h, w, c, m, k, stride, padding, dilation, *switches)
-        pointers = layout.addresses(*tensors)
-        run, threads = _C.expand_depthwise_backward, torch.get_num_threads()
-        launch(run, layout.DTYPES[dtype], pointers, sizes, eps, threads)
-    grads = [dx, *map(layout.like, (dweight, dbias), (weight, bias))]
+        launch(_C.expand_depthwise_backward(layout.DTYPES[dtype], sizes, eps), *tensors)
+    grads = [dx, *map(layout.gradient_like, (dweight, dbias), (weight, bias))]
     of_norm = [sums, None]
     if not trains_norm and sums is not None:
-        of_norm = [layout.like(sums[1], norm_weight), layout.like(sums[0], norm_bias)]
-    return layout.chosen([*grads, *of_norm, layout.like(dfilters, dw_weight)], needed)
+        of_norm = [
+            layout.gradient_like(sums[1], norm_weight),
+            layout.gradient_like(sums[0], norm_bias),
+        ]
+    return layout.chosen([*grads, *of_norm, layout.gradient_like(dfilters, dw_weight)], needed)

@@ -3,7 +3,8 @@
 After a kernel has passed megabytes through the caches, the interpreter finds its code and its data
 gone from them, and takes 3 to 4 times as long for what comes before the next: 60 ms of a step of
 EMO-5M instead of 17 (batch 8, against 2 images of 32 x 32; 1 thread of 2 Zen 4 vCPUs,
-``thread_time``). Kernels held back run one behind the other, and the interpreter in one go too.
+``thread_time``). Kernels held back run one behind the other, and the interpreter in one go too;
+what was held back can be recorded, to be launched again without it (:mod:`emo_kernels.cpu.tapes`).
 """
 
 from __future__ import annotations
@@ -13,31 +14,72 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from emo_kernels import _C
 
 
-class _Held(threading.local):
-    """What this thread holds back; ``None``: nothing, launches run at once."""
+class Recording:
+    """What one pass did: enough to do it again, unless ``spoiled``.
 
-    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] | None = None
-    tensors: list[tuple[Tensor | None, ...]]
+    Attributes:
+        made: every tensor that was made for kernels to write.
+        calls: every launch with its tensors, in order.
+        moved: the tensors given that kernels wrote to.
+        spoiled: whether something else was launched, or not all of it at the end.
+    """
+
+    def __init__(self) -> None:
+        self.made: list[Tensor] = []
+        self.calls: list[tuple[_C.Launch, tuple[Tensor | None, ...]]] = []
+        self.moved: list[Tensor] = []
+        self.spoiled = False
 
 
-_held = _Held()
+class _State(threading.local):
+    """What this thread holds back, ``None``: nothing, launches run at once; and who records it."""
+
+    held: list[tuple[Callable[..., Any], tuple[Any, ...]]] | None = None
+    recording: Recording | None = None
+
+
+_state = _State()
 
 
 def launch(run: Callable[..., Any], *args: Any) -> None:
-    """Call ``run(*args)``, now or when the launches held back before it have run."""
-    if _held.calls is None:
-        run(*args)
+    """Run a kernel on the tensors given, or call ``run(*args)``.
+
+    Now, or when the launches held back before it have run; until then the arguments stay alive.
+    """
+    if _state.held is not None:
+        _state.held.append((run, args))
+        return
+    if _state.recording is not None:
+        _state.recording.spoiled = True
+    _run(run, args)
+
+
+def _run(run: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    if type(run) is _C.Launch:
+        run(tuple([0 if t is None else t.data_ptr() for t in args]), torch.get_num_threads())
     else:
-        _held.calls.append((run, args))
+        run(*args)
 
 
-def keep(tensors: tuple[Tensor | None, ...]) -> None:
-    """Keep alive what the next launch was given by address, if it is held back."""
-    if _held.calls is not None:
-        _held.tensors.append(tensors)
+def made(tensor: Tensor) -> Tensor:
+    """The tensor, which is uninitialised and for kernels to write."""
+    if _state.recording is not None:
+        _state.recording.made.append(tensor)
+    return tensor
+
+
+def moves(tensor: Tensor) -> None:
+    """Tell autograd, and who records, that a kernel writes to a tensor that was given."""
+    increment_version(tensor)
+    if _state.recording is not None:
+        _state.recording.moved.append(tensor)
 
 
 @contextmanager
@@ -46,15 +88,30 @@ def held_back() -> Iterator[None]:
 
     Only launches may read in it what launches write: torch would find the memory as it was.
     """
-    if _held.calls is not None:
+    if _state.held is not None:
         yield
         return
-    calls = _held.calls = []
-    _held.tensors = []
+    held = _state.held = []
     try:
         yield
-        for run, args in calls:
-            run(*args)
+        for run, args in held:
+            _run(run, args)
     finally:
-        _held.calls = None
-        del _held.tensors
+        _state.held = None
+    if (recording := _state.recording) is not None:
+        for run, args in held:
+            if isinstance(run, _C.Launch):
+                recording.calls.append((run, args))
+            else:
+                recording.spoiled = True
+
+
+@contextmanager
+def recorded() -> Iterator[Recording]:
+    """What is launched in the ``with`` block."""
+    before, recording = _state.recording, Recording()
+    _state.recording = recording
+    try:
+        yield recording
+    finally:
+        _state.recording = before

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from emo_kernels import _C
-from emo_kernels.cpu.launches import keep, launch
+from emo_kernels.cpu.launches import launch, made
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 NORMS = {"none": 0, "affine": 1, "layer": 2}
@@ -49,15 +49,26 @@ def new_map(like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
     mapped one by one, 3 to 7 % of a training step.
     """
     if DLPACK is None or n * c * h * w * like.element_size() < _LARGE_MAP:
-        return torch.empty_strided((n, c, h, w), strides(c, h, w), dtype=like.dtype)
-    return _C.new_map(DLPACK, like, n, c, h, w)
+        return made(torch.empty_strided((n, c, h, w), strides(c, h, w), dtype=like.dtype))
+    return made(_C.new_map(DLPACK, like, n, c, h, w))
 
 
 def dense(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A vector or matrix without gaps, in what maps of ``dtype`` are computed in."""
-    if value is None or (value.dtype is computed_in(dtype) and value.is_contiguous()):
+    wanted = computed_in(dtype)
+    if value is None or (value.dtype is wanted and value.is_contiguous()):
         return value
-    return value.to(computed_in(dtype)).contiguous()
+    if value.is_contiguous() and value.dtype in DTYPES:
+        return converted(value, wanted, tuple(value.shape))
+    return value.to(wanted).contiguous()
+
+
+def converted(value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A dense tensor in another dtype, by a launch."""
+    result = empty(shape, dtype)
+    kernel = _C.convert(DTYPES[value.dtype], DTYPES[dtype], value.numel())
+    launch(kernel, value, result)
+    return result
 
 
 def dense_map(value: Tensor | None) -> Tensor | None:
@@ -66,25 +77,35 @@ def dense_map(value: Tensor | None) -> Tensor | None:
 
 
 def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    """Where the tensors lie, for a launch; 0 for those absent. The caller keeps them alive."""
-    keep(tensors)
+    """Where the tensors lie; 0 for those absent. The caller keeps them alive."""
     return tuple([0 if t is None else t.data_ptr() for t in tensors])
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised, dense."""
+    return made(torch.empty(shape, dtype=dtype))
 
 
 def doubles(*shape: int) -> Tensor:
     """Uninitialised float64."""
-    return torch.empty(shape, dtype=torch.float64)
+    return empty(shape, torch.float64)
 
 
-def like(values: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    """A gradient in the dtype, shape and strides of its parameter, if there are both."""
+def gradient_like(values: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """A gradient in the dtype, shape and strides of its parameter, if there are both.
+
+    In memory of its own, which no other gradient shares.
+    """
     if values is None or parameter is None:
         return None
-    if values.dtype is parameter.dtype and parameter.is_contiguous() and values.is_contiguous():
-        return values.as_strided(parameter.shape, parameter.stride())
-    result = torch.empty_like(parameter)
-    launch(result.copy_, values.reshape(parameter.shape))
-    return result
+    dense = parameter.is_contiguous() and values.is_contiguous()
+    if not dense or parameter.dtype not in DTYPES:
+        result = torch.empty_like(parameter)
+        launch(result.copy_, values.reshape(parameter.shape))
+        return result
+    if values.dtype is not parameter.dtype or values._is_view():
+        values = converted(values, parameter.dtype, tuple(parameter.shape))
+    return values.as_strided(parameter.shape, parameter.stride())
 
 
 def chosen(grads: list[Tensor | None], needed: Any) -> list[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from emo_kernels import _C
@@ -61,8 +60,7 @@ def _shrink(arguments: tuple[Any, ...], pivot: Tensor | None, sums: Tensor | Non
     tensors = [layout.pixels(y), *(layout.dense(t, dtype) for t in (weight, scale, shift))]
     tensors += [layout.dense_map(local), layout.dense_map(residual)]
     tensors += [layout.dense(t, dtype) for t in (gate, drop_scale, pivot)]
-    pointers = layout.addresses(*tensors, out, sums)
-    launch(_C.shrink, layout.DTYPES[dtype], pointers, (n, h * w, m, o), torch.get_num_threads())
+    launch(_C.shrink(layout.DTYPES[dtype], (n, h * w, m, o)), *tensors, out, sums)
     return out
 
 
@@ -90,7 +88,7 @@ def shrink_backward(
     trains_norm = affine is not None
     wants_sums = needed[2] or (needed[3] and not trains_norm)
     dy = layout.new_map(y, n, m, h, w) if needed[0] else None
-    dweight = torch.empty((o, m), dtype=layout.computed_in(dtype)) if needed[1] else None
+    dweight = layout.empty((o, m), layout.computed_in(dtype)) if needed[1] else None
     sums = layout.doubles(2, m) if wants_sums else None
     dlocal = layout.new_map(y, n, m, h, w) if needed[4] else None
     dgate = layout.doubles(n, m) if needed[6] else None
@@ -107,17 +105,16 @@ def shrink_backward(
         tensors += [layout.dense(scale, dtype), layout.dense(shift, dtype), layout.dense_map(local)]
         tensors += [layout.dense(t, dtype) for t in (gate, drop_scale, mean, invstd)]
         tensors += [dy, dweight, dlocal, sums, dgate, ddrop]
-        pointers = layout.addresses(*tensors)
         sizes = (n, h * w, m, o, trains_norm)
-        launch(_C.shrink_backward, layout.DTYPES[dtype], pointers, sizes, torch.get_num_threads())
+        launch(_C.shrink_backward(layout.DTYPES[dtype], sizes), *tensors)
     rows: tuple[Tensor | None, Tensor | None] = (None, None)
     if sums is not None:
         rows = (
             (sums, None)
             if trains_norm
-            else (layout.like(sums[1], scale), layout.like(sums[0], shift))
+            else (layout.gradient_like(sums[1], scale), layout.gradient_like(sums[0], shift))
         )
     residual_grad = grad.clone() if needed[5] else None
-    grads = [dy, layout.like(dweight, weight), *rows, dlocal, residual_grad]
-    grads += [layout.like(dgate, gate), layout.like(ddrop, drop_scale)]
+    grads = [dy, layout.gradient_like(dweight, weight), *rows, dlocal, residual_grad]
+    grads += [layout.gradient_like(dgate, gate), layout.gradient_like(ddrop, drop_scale)]
     return layout.chosen(grads, needed)

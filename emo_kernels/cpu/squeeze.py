@@ -18,10 +18,9 @@ def squeeze(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     if y.numel() == 0:
         return scale.new_zeros((n, m))
     y, rows = layout.pixels(y), layout.dense(torch.stack([scale, shift]), y.dtype)
-    means = torch.empty((n, m), dtype=layout.computed_in(y.dtype))
-    pointers = layout.addresses(y, None, None, None, rows, means, None, None)
-    threads = torch.get_num_threads()
-    launch(_C.pixels, layout.DTYPES[y.dtype], _SQUEEZE, pointers, (n, h * w, m), threads)
+    means = layout.empty((n, m), layout.computed_in(y.dtype))
+    kernel = _C.pixels(layout.DTYPES[y.dtype], _SQUEEZE, 0, (n, h * w, m))
+    launch(kernel, y, None, None, None, rows, means, None, None)
     return means.to(scale.dtype)
 
 
@@ -34,7 +33,6 @@ def squeeze_backward(grad: Tensor, y: Tensor, affine: Tensor, dz: Tensor) -> tup
     sums = layout.doubles(2, m)
     y, dz, means = layout.pixels(y), layout.pixels(dz), layout.dense(grad, y.dtype)
     rows = layout.dense(affine, y.dtype)
-    pointers = layout.addresses(y, dz, None, None, rows, means, out, sums)
-    threads = torch.get_num_threads()
-    launch(_C.pixels, layout.DTYPES[y.dtype], _BACKWARD, pointers, (n, h * w, m), threads)
+    kernel = _C.pixels(layout.DTYPES[y.dtype], _BACKWARD, 0, (n, h * w, m))
+    launch(kernel, y, dz, None, None, rows, means, out, sums)
     return out, sums

@@ -70,10 +70,9 @@ def window_attention(
     vectors = [layout.dense(t, dtype) for t in (qk_weight, qk_bias)]
     norms = [layout.dense(t, dtype) for t in (norm_weight, norm_bias)]
     x = layout.pixels(x)
-    pointers = layout.addresses(x, *vectors, v, padding, *norms, out)
     sizes = _sizes(x, m, head_dim, window_size, window_mode, norm)
-    threads = torch.get_num_threads()
-    launch(_C.window_attention, layout.DTYPES[dtype], pointers, tuple(sizes), eps, threads)
+    kernel = _C.window_attention(layout.DTYPES[dtype], tuple(sizes), eps)
+    launch(kernel, x, *vectors, v, padding, *norms, out)
     return out
 
 
@@ -110,9 +109,8 @@ def window_attention_backward(
         norm, (norm_weight, norm_bias, mean, invstd) = "affine", affine
     wants_sums = needed[5] or (needed[6] and not trains_norm)
     dx = layout.new_map(x, n, c, h, w) if needed[0] or (expands and wants_sums) else None
-    dqk = torch.empty((2 * c, c), dtype=layout.computed_in(dtype)) if needed[1] else None
-    # Its K half is zero: a shift of all keys' logits changes nothing.
-    dbias = torch.zeros(2 * c, dtype=torch.float64) if needed[2] else None
+    dqk = layout.empty((2 * c, c), layout.computed_in(dtype)) if needed[1] else None
+    dbias = layout.doubles(2 * c) if needed[2] else None
     sums = layout.doubles(2, c) if wants_sums and not expands else None
     dv = dv_padding = v = padding = None
     if v_weight is not None:
@@ -131,23 +129,18 @@ def window_attention_backward(
         tensors += [None if trains_norm or expands else layout.dense_map(residual)]
         tensors += [dx, dqk, dv, dbias, dv_padding, sums]
         sizes = _sizes(x, m, head_dim, window_size, window_mode, norm)
-        pointers = layout.addresses(*tensors)
-        behind = trains_norm or expands
-        threads = torch.get_num_threads()
-        launch(
-            _C.window_attention_backward,
-            layout.DTYPES[dtype],
-            pointers,
-            (*sizes, behind),
-            eps,
-            threads,
-        )
-    qk = [layout.like(dqk, qk_weight), layout.like(dbias, qk_bias)]
+        sizes.append(trains_norm or expands)
+        if dbias is not None:  # its K half: a shift of all keys' logits changes nothing
+            double = layout.DTYPES[torch.float64]
+            launch(_C.convert(double, double, 2 * c), None, dbias)
+        kernel = _C.window_attention_backward(layout.DTYPES[dtype], tuple(sizes), eps)
+        launch(kernel, *tensors)
+    qk = [layout.gradient_like(dqk, qk_weight), layout.gradient_like(dbias, qk_bias)]
     if v_weight is None or dv is None:
         if trains_norm:
             return layout.chosen([dx, *qk, None, None, sums, None], needed)
         rows = (None, None) if sums is None else (sums[1], sums[0])
-        norms = map(layout.like, rows, (norm_weight, norm_bias))
+        norms = map(layout.gradient_like, rows, (norm_weight, norm_bias))
         return layout.chosen([dx, *qk, None, None, *norms], needed)
     behind_values = [needed[0], *needed[3:]]
     bias = layout.dense(v_bias, dtype)  # its gradient has two parts: rounded once they are one

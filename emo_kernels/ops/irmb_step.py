@@ -295,7 +295,7 @@ class Step:
         if below and norm is not None:
             sums = grads.pop("norm_sums")
             c = batch_norm.coefficients(sums, norm, self.plan.norm, self.backend)
-            grads |= {"norm_bias": sums[0], "norm_weight": sums[1]}
+            grads |= self._of_batch_norm("norm", sums, wants)
             dx = batch_norm.backward(dx, x, c, residual, self.backend) if x_needed else None
         grads["x"] = dx
         return grads
@@ -325,7 +325,7 @@ class Step:
             means, *squeezed = torch.autograd.grad(gate, list(excitation.values()), dgate)
             grads |= zip(list(excitation)[1:], squeezed, strict=True)
             dz, sums = squeeze_backward(means, y, affine, dz, self.backend)
-        grads |= {"bn_sums": sums, "bn_bias": sums[0], "bn_weight": sums[1]}
+        grads |= {"bn_sums": sums, **self._of_batch_norm("bn", sums, wants)}
         if dproj is not None and w.gamma is not None:
             grads["gamma"] = (dproj * w.proj_weight).sum((1, 2, 3))
             dproj = w.gamma.reshape(-1, 1, 1, 1) * dproj
@@ -449,6 +449,15 @@ class Step:
         grads |= {n: g for n, g in zip(names, parameters[:4], strict=True) if g is not None}
         self._keep_norm(affine, parameters[4:], grads)
         return dx
+
+    def _of_batch_norm(self, norm: str, sums: Tensor, wants: set[str]) -> dict[str, Tensor]:
+        """Gradients of its bias and weight, by name; in their dtype if the backend has a kernel."""
+        found = {f"{norm}_bias": sums[0], f"{norm}_weight": sums[1]}
+        found = {name: row for name, row in found.items() if name in wants}
+        if backends.has(self.backend, "gradient_like") and not watched((sums,)):
+            like = backends.function(self.backend, "gradient_like")
+            found = {name: like(row, getattr(self.weights, name)) for name, row in found.items()}
+        return found
 
     def _asked(self, names: tuple[str, ...], wants: set[str]) -> list[bool]:
         return [name in wants for name in names]

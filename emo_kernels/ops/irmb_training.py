@@ -9,15 +9,23 @@ pass writes two maps, dz and the gradient at e.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from emo_kernels import backends
+from emo_kernels.ops import batch_norm
 from emo_kernels.ops.batch_norm import Statistics
 from emo_kernels.ops.irmb_step import ALONE, Maps, Neighbours, Plan, Step, spread
-from emo_kernels.ops.registration import define_composite, match, needs_gradient
+from emo_kernels.ops.registration import (
+    Tensors,
+    define_composite,
+    match,
+    needs_gradient,
+    watched,
+)
 from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights
 
 
@@ -32,67 +40,107 @@ class _Block(torch.autograd.Function):
         x: Tensor,
         drop_scale: Tensor | None,
         *weights: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        step = Step(plan, IRMBWeights._make(weights), drop_scale)
-        out, sums, maps = step.forward(x, known)
+    ) -> tuple[Tensor | None, Tensor | None]:
+        out, sums, *maps = _forward(x, weights, plan, drop_scale, known)
         ctx.plan = plan
         if sums is not None:
             ctx.mark_non_differentiable(sums)
-        ctx.pixels = [s and s.pixels for s in (maps.norm, maps.bn)]
-        statistics = [(None, None) if s is None else s[::2] for s in (maps.norm, maps.bn)]
-        s = None if maps.s is x else maps.s
-        kept = (x, s, maps.e, maps.slope, maps.y, maps.means)
-        kept += (*statistics[0], *statistics[1], drop_scale)
-        ctx.save_for_backward(*kept, *_unmoved(plan, step.weights))
+        ctx.save_for_backward(x, drop_scale, *maps, *_unmoved(plan, weights))
         return out, sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
-        x, s, e, slope, y, means, *saved = ctx.saved_tensors
-        norm_affine, norm_total, affine, total, drop_scale, *tensors = saved
-        weights = IRMBWeights._make(tensors)
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        inputs = (*saved[:2], *saved[_SAVED:])
         if torch.is_grad_enabled():
-            grads = _differentiable(ctx, grad, x, drop_scale, weights)
-            return (None, None, *grads)
-        s = x if s is None else s
-        norm = None if norm_affine is None else Statistics(norm_affine, ctx.pixels[0], norm_total)
-        bn = Statistics(affine, ctx.pixels[1], total)
-        maps = Maps(s, e, slope, y, norm, bn, means)
-        names = ("x", "drop_scale", *IRMBWeights._fields)
-        inputs = (x, drop_scale, *weights)
-        needed = ctx.needs_input_grad[2:]
-        wants = {n for n, is_needed in zip(names, needed, strict=True) if is_needed}
-        step = Step(ctx.plan, weights, drop_scale)
-        found = step.backward(grad, x, maps, needed[0], wants)
-        return (
-            None,
-            None,
-            *(
-                match(found.get(name), like) if name in wants else None
-                for name, like in zip(names, inputs, strict=True)
-            ),
-        )
+            return (None, None, *_differentiable(ctx, grad, inputs))
+        found = _run(_backward_pass, (ctx.plan, needed), (grad.resolve_neg(), *saved))
+        pairs = zip(found, inputs, strict=True)
+        return (None, None, *(None if g is None else match(g, like) for g, like in pairs))
 
 
-def _unmoved(plan: Plan, weights: IRMBWeights) -> IRMBWeights:
+# A pass is a function of options and of a flat row of tensors, and gives one: a backend may make it
+# again without this module's help (``repeated``).
+
+
+def _run(run: Callable[..., Tensors], options: tuple[Any, ...], tensors: Tensors) -> Tensors:
+    backend = options[0].backend
+    if backends.has(backend, "repeated") and not watched(tuple(tensors)):
+        return backends.function(backend, "repeated")(run, options, tensors)
+    return run(*options, *tensors)
+
+
+def _forward(
+    x: Tensor, weights: Tensors, plan: Plan, drop_scale: Tensor | None, known: Neighbours
+) -> Tensors:
+    """What :func:`_forward_pass` gives."""
+    tensors = (x, drop_scale, known.sums, known.next_pivot, *weights)
+    return _run(_forward_pass, (plan, known.next_sums), tensors)
+
+
+def _forward_pass(
+    plan: Plan,
+    next_sums: bool,
+    x: Tensor,
+    drop_scale: Tensor | None,
+    sums: Tensor | None,
+    next_pivot: Tensor | None,
+    *weights: Tensor | None,
+) -> Tensors:
+    """(out, its sums, s where it is not x, e, slope, y, means, affine and total of each norm)."""
+    step = Step(plan, IRMBWeights._make(weights), drop_scale)
+    out, out_sums, maps = step.forward(x, Neighbours(sums, next_sums, next_pivot))
+    s = None if maps.s is x else maps.s
+    norm = (None, None) if maps.norm is None else maps.norm[::2]
+    return out, out_sums, s, maps.e, maps.slope, maps.y, maps.means, *norm, *maps.bn[::2]
+
+
+_SAVED = 2 + 9  # x, drop_scale and the maps of _forward_pass, which the weights follow
+
+
+def _backward_pass(
+    plan: Plan, needed: tuple[bool, ...], grad: Tensor, *saved: Tensor | None
+) -> Tensors:
+    """The gradients of x, drop_scale and the weights, where they are needed."""
+    x, drop_scale, s, e, slope, y, means, norm_affine, norm_total, affine, total = saved[:_SAVED]
+    assert x is not None and y is not None and affine is not None
+    weights = IRMBWeights._make(saved[_SAVED:])
+    norm = None
+    if norm_affine is not None:
+        norm = Statistics(norm_affine, batch_norm.pixel_count(x), norm_total)
+    bn = Statistics(affine, batch_norm.pixel_count(y), total)
+    maps = Maps(x if s is None else s, e, slope, y, norm, bn, means)
+    names = ("x", "drop_scale", *IRMBWeights._fields)
+    wants = {n for n, is_needed in zip(names, needed, strict=True) if is_needed}
+    step = Step(plan, weights, drop_scale)
+    found = step.backward(grad, x, maps, needed[0], wants)
+    return tuple([found.get(name) if name in wants else None for name in names])
+
+
+def _unmoved(plan: Plan, weights: Tensors) -> Tensors:
     """Without the running statistics that steps move: a later one may come before our gradient."""
+    kept = IRMBWeights._make(weights)
     for mode, norm in ((plan.norm, "norm"), (plan.bn, "bn")):
         if mode.batch_statistics:
-            weights = weights._replace(**{f"{norm}_mean": None, f"{norm}_var": None})
-    return weights
+            kept = kept._replace(**{f"{norm}_mean": None, f"{norm}_var": None})
+    return kept
 
 
-def _differentiable(
-    ctx: Any, grad: Tensor, x: Tensor, drop_scale: Tensor | None, weights: IRMBWeights
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated: through the reference composition."""
+def _differentiable(ctx: Any, grad: Tensor, tensors: Tensors) -> list[Tensor | None]:
+    """Gradients that can be differentiated: through the reference composition.
+
+    Args:
+        tensors: x, drop_scale and the weights.
+    """
+    x = tensors[0]
+    assert x is not None
     plan, needed = ctx.plan, ctx.needs_input_grad[2:]
     if plan.norm.process_group is not None or plan.bn.process_group is not None:
         raise NotImplementedError(
             "irmb_training: a block whose batch norms span processes has no double backward; "
             "run it without create_graph, or restore(model)"
         )
-    inputs = [t if t is None else t.to(x.dtype).view_as(t) for t in (x, drop_scale, *weights)]
+    inputs = [t if t is None else t.to(x.dtype).view_as(t) for t in tensors]
     irmb = backends.function("reference", "irmb")
     statistics = (plan.norm.batch_statistics, plan.bn.batch_statistics)
     out = irmb(
@@ -133,9 +181,12 @@ def irmb_training_among(
     x: Tensor, weights: IRMBWeights, plan: Plan, drop_scale: Tensor | None, known: Neighbours
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`irmb_training`, and the sums of the output that ``known`` asks for; never traced."""
+    x = x.resolve_neg()  # kernels read memory
     if needs_gradient((x, drop_scale, *weights)):
         return _Block.apply(plan, known, x, drop_scale, *weights)
-    return Step(plan, weights, drop_scale).forward(x, known)[:2]
+    out, sums = _forward(x, weights, plan, drop_scale, known)[:2]
+    assert out is not None
+    return out, sums
 
 
 # What a compiled graph holds of a step: plain arguments, and the buffers that it moves by name.
