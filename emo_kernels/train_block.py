@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def train(
     adds_residual = spec.skip and x.dtype == given.dtype
     modes = batch_norm_mode(reading.norm), batch_norm_mode(reading.bn)
     plan = Plan(spec, *modes, backend, adds_residual)
-    with torch.autocast(device, enabled=False):
+    with _no_autocast(device):
         if torch.compiler.is_compiling():
             out = irmb_training(x, weights, plan, drop_scale)
         else:
@@ -51,6 +52,12 @@ def train(
             out, sums = irmb_training_among(x, weights, plan, drop_scale, known)
             link.leave_on(out, sums, known)
         return given + out if spec.skip and not adds_residual else out
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _choose(
@@ -101,7 +108,7 @@ def _tracked(weights: IRMBWeights, reading: BlockReading) -> IRMBWeights:
 def _drop_scale(x: Tensor, drop_path: Any) -> Tensor:
     """(N,): 0, or 1 / keep where the layer scales; drawn as the layer draws it."""
     keep = 1.0 - drop_path.drop_prob
-    mask = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(keep)
+    mask = x.new_empty(x.shape[0]).bernoulli_(keep)
     if keep > 0.0 and getattr(drop_path, "scale_by_keep", True):
         mask.div_(keep)
-    return mask.flatten()
+    return mask

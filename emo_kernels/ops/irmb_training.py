@@ -117,12 +117,15 @@ def _backward_pass(
     return tuple([found.get(name) if name in wants else None for name in names])
 
 
+_NORM_MEAN, _BN_MEAN = map(IRMBWeights._fields.index, ("norm_mean", "bn_mean"))
+
+
 def _unmoved(plan: Plan, weights: Tensors) -> Tensors:
     """Without the running statistics that steps move: a later one may come before our gradient."""
-    kept = IRMBWeights._make(weights)
-    for mode, norm in ((plan.norm, "norm"), (plan.bn, "bn")):
+    kept = list(weights)
+    for mode, mean in ((plan.norm, _NORM_MEAN), (plan.bn, _BN_MEAN)):
         if mode.batch_statistics:
-            kept = kept._replace(**{f"{norm}_mean": None, f"{norm}_var": None})
+            kept[mean] = kept[mean + 1] = None  # and the variance
     return kept
 
 
