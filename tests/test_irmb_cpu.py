@@ -324,7 +324,7 @@ def raw_call(image: Tensor, w: IRMBWeights, row: Row, **changes: object) -> None
         ({"x": 0}, "must not be null"),
         ({"out": 0}, "must not be null"),
         ({"weights": (0,) * 19}, "is missing"),
-        ({"weights": (0,) * 3}, "must have 19 entries"),
+        ({"weights": (0,) * 3}, "weights: expected 19 entries, got 3"),
         ({"counts": (1,) * 19}, "must have 21 elements, got 1"),
         ({"sizes": (2, 21, 13, 9, 31, 21, 65, 0)}, "K must lie in 1..64, got 65"),
         ({"sizes": (2, -21, 13, 9, 31, 21, 3, 0)}, "C must lie in"),

@@ -37,6 +37,8 @@ class Attention {
     for (int64_t i = 0; i < kPanel<T>; ++i) own_[a_.no_bias + i] = T(0);
   }
 
+  Ahead ahead;  // fetched while heads are projected
+
   // Packs into the shared buffer: slot 2 h the queries of head h, 2 h + 1 its keys and its values.
   void pack(int64_t slot);
 
@@ -45,6 +47,7 @@ class Attention {
   void run(int64_t image0, int64_t u0, int64_t u1, bool grid, bool add, int thread);
 
  private:
+  void fetch_next(int64_t slot);
   void enter_window(int64_t image, int64_t window, bool grid);
   template <class R>
   void project(int64_t at, int64_t packed, int64_t bias, int64_t channels, Activation act, R* out,
@@ -106,6 +109,18 @@ void pack_joined(const Param& weight, const Param& bias, int64_t row, int64_t d,
   copy_elements<T>(bias, C + row, d, packed_bias + d, kPanel<T> - d);
 }
 
+// The queries' and keys' weights that are packed next, while these are: they come from memory.
+template <class Ty>
+void Attention<Ty>::fetch_next(int64_t slot) {
+  const int64_t C = call_.C, d = a_.head_dim, head = slot / 2 + 1, k = slot % 2;
+  if (call_.qk_weight.data == nullptr || head >= a_.heads) return;
+  with_elements<T>(call_.qk_weight, [&](auto* weight) {
+    const auto* const rows = weight + (k * C + head * d) * C;
+    Ahead(rows, rows + d * C).fetch_all();
+    if (joined()) Ahead(rows + C * C, rows + (C + d) * C).fetch_all();  // one slot packs both
+  });
+}
+
 template <class Ty>
 void Attention<Ty>::pack(int64_t slot) {
   const int64_t C = call_.C, depth = plan_.depth(C), head = slot / 2, k = slot % 2;
@@ -113,6 +128,7 @@ void Attention<Ty>::pack(int64_t slot) {
   const int64_t v_step = ceil_div(a_.value_dim, kPanel<T>) * kPanel<T>;
   Term* const weight = terms(shared_ + a_.qk_weight) + slot * step * depth;
   T* const bias = shared_ + a_.qk_bias + slot * step;
+  if (!joined() || k == 0) fetch_next(slot);
   if (joined()) {
     if (k == 0) pack_joined(call_.qk_weight, call_.qk_bias, head * d, d, C, weight, bias);
   } else if (call_.qk_weight.data) {
@@ -170,7 +186,8 @@ void Attention<Ty>::project(int64_t at, int64_t packed, int64_t bias, int64_t ch
                                    C,
                                    shared_ + bias + at + c,
                                    out + c / P * room * P,
-                                   offsets_};
+                                   offsets_,
+                                   &ahead};
     with_shape<T>(width, [&](auto shape) { expand_pixels<decltype(shape)>(act, tile, a_.tokens); });
   }
 }

@@ -42,6 +42,9 @@ struct Ahead {
     __builtin_prefetch(at + 64, 0, 2);
     at = min(at + 128, end);
   }
+  EMO_INLINE void fetch_all() {
+    while (at < end) fetch();
+  }
 };
 
 // Vectors that hold the channels of a panel: kFull whole ones, then perhaps a half one.

@@ -64,7 +64,7 @@ void run_by_panels(Stages<Ty>& s, int64_t images, int thread, int threads, void 
     s.set_block(n, 0, plan.Wo);
     for (int64_t panel = first; panel < last; ++panel) {
       s.pack_expanded(panel);
-      s.ahead = panel + 1 < last         ? s.expansion_of(panel + 1)
+      s.ahead = panel + 1 < last         ? expansion_of<typename Ty::T>(plan, panel + 1)
                 : output < plan.panels_o ? s.projection_of(output)
                                          : Ahead{};
       s.set_group(panel, panel + 1);
@@ -92,6 +92,9 @@ template <class Ty>
 void attend(Attention<Ty>& attention, const IrmbPlan& plan, int64_t image0, int64_t images,
             int thread, int threads, void (*barrier)()) {
   const AttentionPlan& a = plan.attention;
+  if (plan.by_panels) {
+    attention.ahead = expansion_of<typename Ty::T>(plan, share(plan.panels_m, thread, threads));
+  }
   const int64_t units = images * a.n1 * a.n2 * a.heads;
   const int64_t first = share(units, thread, threads), last = share(units, thread + 1, threads);
   if (a.grid) {

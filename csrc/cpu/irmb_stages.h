@@ -11,6 +11,10 @@
 namespace emo_kernels::cpu {
 namespace {
 
+// The weights that Stages::pack_expanded reads.
+template <class T>
+Ahead expansion_of(const IrmbPlan& plan, int64_t panel);
+
 template <class Ty>
 class Stages {
  public:
@@ -39,8 +43,7 @@ class Stages {
   void pack_expanded(int64_t panel);
   void pack_outputs(int64_t panel);
   void pack_gamma();
-  // The weights pack_expanded and pack_outputs read.
-  Ahead expansion_of(int64_t panel) const;
+  // The weights pack_outputs reads.
   Ahead projection_of(int64_t panel) const;
 
   // Names the maps of `images` images: read for the expansion, added at the end, written.

@@ -55,13 +55,14 @@ void Stages<Ty>::pack_outputs(int64_t panel) {
   });
 }
 
-template <class Ty>
-Ahead Stages<Ty>::expansion_of(int64_t panel) const {
+template <class T>
+Ahead expansion_of(const IrmbPlan& plan, int64_t panel) {
+  const IrmbCall& call = plan.conv;
   Ahead rows;
-  if (call_.v_weight.data == nullptr) return rows;
+  if (call.v_weight.data == nullptr) return rows;
   const int64_t m = panel * kPanel<T>;
-  with_elements<T>(call_.v_weight, [&](auto* weight) {
-    rows = {weight + m * call_.C, weight + min(call_.M, m + kPanel<T>) * call_.C};
+  with_elements<T>(call.v_weight, [&](auto* weight) {
+    rows = {weight + m * call.C, weight + min(call.M, m + kPanel<T>) * call.C};
   });
   return rows;
 }
