@@ -14,22 +14,12 @@
 
 #include <math.h>
 
+#include "cpu/half_normal.h"
 #include "cpu/simd.h"
 #include "emo_kernels.h"
 
 namespace emo_kernels::cpu {
 namespace {
-
-template <class T>
-EMO_INLINE T polynomial(T, float c) {
-  return T{} + c;
-}
-
-// c0 + x (c1 + x (c2 + ...)): Horner, from the last coefficient down.
-template <class V, class... Rest>
-EMO_INLINE V polynomial(V x, float c, Rest... rest) {
-  return fma(polynomial(x, rest...), x, V{} + c);
-}
 
 // 2^t for any float t: 0 and inf at the ends, NaN for NaN.
 template <class V>
@@ -53,7 +43,19 @@ EMO_INLINE V exp2_any(V t) {
   return t < -126.0f ? V{} : result;
 }
 
-#if defined(EMO_ISA_AVX512)
+#if defined(EMO_ISA_AVX2)
+// The exponents -127 and 128 are those of 0 and of infinity: t is held between them, which leaves
+// nothing to choose at the ends.
+EMO_INLINE __m256 exp2_any(__m256 t) {
+  const __m256 magic = splat<__m256>(12583039.0f);  // 1.5 * 2^23, and 127: the exponent's bias
+  const __m256 bounded = min(max(t, splat<__m256>(-127.0f)), splat<__m256>(128.0f));
+  const __m256 shifted = bounded + magic;
+  const __m256 f = bounded - (shifted - magic);
+  const __m256 p = polynomial(f, 1.0000000716543664f, 0.6931469670549257f, 0.24022119724872995f,
+                              0.05550713289561202f, 0.00967554129296665f, 0.0013276466799694608f);
+  return p * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23));
+}
+#elif defined(EMO_ISA_AVX512)
 EMO_INLINE __m512 exp2_any(__m512 t) {
   const __m512 f = _mm512_reduce_ps(t, 0x09);  // t - floor(t)
   const __m512 p = polynomial(f, 0.9999999250645683f, 0.6931530731418452f, 0.24015361754833756f,
@@ -115,67 +117,6 @@ EMO_INLINE V silu(V x) {
     return x / (exp2_any(x * -1.4426950408889634f) + 1.0f);
   }
 }
-
-template <class V>
-EMO_INLINE V magnitude(V x) {
-  return x < 0.0f ? -x : x;
-}
-
-// Phi(x) - 1/2 for x >= 0: x R(x^2), R a degree 15 minimax polynomial in s = 2 (x / 5.5)^2 - 1.
-template <class V>
-EMO_INLINE V half_normal(V x) {
-  const V s = fma(x * x, splat<V>(2.0f / 30.25f), splat<V>(-1.0f));
-  const V r = polynomial(s, 0.12855193082978283f, -0.06417233826226573f, 0.04773763490288317f,
-                         -0.0387928061096815f, 0.032070111859877f, -0.026047967626207473f,
-                         0.02036560854167636f, -0.015000822968576445f, 0.010224367706978588f,
-                         -0.006814708023678894f, 0.00462760515081942f, -0.0024267842992698315f,
-                         0.000715295576924523f, -0.0005227622861213735f, 0.0006331060436826677f,
-                         -0.0002383851283422086f);
-  return x > 5.5f ? splat<V>(0.5f) : x * r;
-}
-
-#if defined(EMO_ISA_AVX512)
-// Of c0 + r (c1 + ...), r in [-1/2, 1/2], around the points i 5.5 / 15: interpolations at the
-// Chebyshev nodes, off by 0.9 u at most. The last is constant.
-alignas(64) constexpr float kHalfNormal[6][16] = {
-    {0.0f, 0.143066153f, 0.268322408f, 0.364333928f, 0.428766638f, 0.466623485f, 0.486096561f,
-     0.494865924f, 0.498323292f, 0.499516577f, 0.499877125f, 0.499972492f, 0.499994576f,
-     0.499999076f, 0.499999851f, 0.5f},
-    {0.146278828f, 0.136768863f, 0.111790404f, 0.0798791349f, 0.0498969108f, 0.027247427f,
-     0.0130073503f, 0.00542829838f, 0.00198038714f, 0.000631608593f, 0.000176099245f,
-     4.29218599e-05f, 9.14557859e-06f, 1.70355213e-06f, 2.77403132e-07f, 0.0f},
-    {0.0f, -0.00919368677f, -0.0150293373f, -0.0161088351f, -0.013416769f, -0.00915828068f,
-     -0.00524639012f, -0.00255434983f, -0.00106500287f, -0.000382106635f, -0.000118365024f,
-     -3.17317536e-05f, -7.3748588e-06f, -1.4879073e-06f, -2.6085857e-07f, 0.0f},
-    {-0.00327769248f, -0.00265259133f, -0.00115784525f, 0.000375849748f, 0.00128699292f,
-     0.00144156045f, 0.00111921795f, 0.000679671997f, 0.000337453239f, 0.000139970463f,
-     4.91039573e-05f, 1.46832854e-05f, 3.76210164e-06f, 8.28996406e-07f, 1.57536348e-07f, 0.0f},
-    {0.0f, 0.000292812503f, 0.000411812245f, 0.000321736967f, 0.000128072614f, -3.57963909e-05f,
-     -0.000107167842f, -0.000102313366f, -6.6930821e-05f, -3.39555045e-05f, -1.39887125e-05f,
-     -4.78788206e-06f, -1.37960569e-06f, -3.37512802e-07f, -7.05128969e-08f, 0.0f},
-    {6.57055934e-05f, 4.53302928e-05f, 1.15380169e-06f, -3.3363176e-05f, -3.94778945e-05f,
-     -2.40662794e-05f, -5.20464982e-06f, 5.53710925e-06f, 7.54343182e-06f, 5.35018262e-06f,
-     2.74419244e-06f, 1.1074676e-06f, 3.64567143e-07f, 9.98025627e-08f, 2.29901271e-08f, 0.0f}};
-
-EMO_INLINE __m512 magnitude(__m512 x) { return _mm512_abs_ps(x); }
-
-// Degree 5 on 16 intervals: the lookups go to other ports than the multiplications, of which there
-// are half as many as in one polynomial: 13 instead of 24 cycles a vector of GELU on Zen 4.
-EMO_INLINE __m512 half_normal(__m512 x) {
-  const __m512 whole = splat<__m512>(8388608.0f);  // 2^23: adding it rounds to an integer
-  const __m512 bounded = _mm512_min_ps(x, splat<__m512>(5.5f)), scale = splat<__m512>(15 / 5.5f);
-  const __m512 shifted = fma(bounded, scale, whole);
-  const __m512 r = fma(bounded, scale, whole - shifted);
-  const __m512i interval = _mm512_castps_si512(shifted);  // its low bits
-  __m512 sum = _mm512_permutexvar_ps(interval, load<__m512>(kHalfNormal[5]));
-  unroll<5>(EMO_UNROLLED(i) {
-    sum = fma(sum, r, _mm512_permutexvar_ps(interval, load<__m512>(kHalfNormal[4 - i])));
-  });
-  return sum;
-}
-
-EMO_INLINE __m256 half_normal(__m256 x) { return low_half(half_normal(_mm512_castps256_ps512(x))); }
-#endif
 
 // Phi(x) = 1/2 + x R(x^2), R of degree 7 in s = 2 (x / 4)^2 - 1.
 template <class V>

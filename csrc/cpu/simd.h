@@ -123,6 +123,14 @@ EMO_INLINE T max(T a, T b) {
   return a < b ? b : a;
 }
 
+// In one instruction: the compilers make two of the comparison of vectors above.
+#if defined(EMO_ISA_AVX2)
+EMO_INLINE __m256 min(__m256 a, __m256 b) { return _mm256_min_ps(b, a); }
+EMO_INLINE __m256 max(__m256 a, __m256 b) { return _mm256_max_ps(b, a); }
+#elif defined(EMO_ISA_AVX512)
+EMO_INLINE __m512 min(__m512 a, __m512 b) { return _mm512_min_ps(b, a); }
+#endif
+
 EMO_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 EMO_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
