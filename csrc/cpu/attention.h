@@ -284,7 +284,7 @@ void Attention<Ty>::softmax_row(T* scores, Term* weights) {
   each([&](T* s, int64_t count) __attribute__((always_inline)) {
     V v = load<V>(s);
     if (count < kLanes) v = first_lanes<V, T>(v, count, lowest);
-    most = v > most ? v : most;
+    most = max(most, v);
   });
   const T largest = max_lanes<V, T>(most), scale = static_cast<T>(a_.scale);
   V sum{};

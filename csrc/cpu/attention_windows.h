@@ -225,7 +225,7 @@ void softmax_row(T* scores, int64_t tokens, int64_t stride, T scale) {
   each_score<T>(tokens, stride, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
     V v = load<V>(scores + at);
     if (count < kLanes) v = first_lanes<V, T>(v, count, lowest);
-    most = v > most ? v : most;
+    most = max(most, v);
   });
   const T largest = max_lanes<V, T>(most);
   V sum{};

@@ -91,9 +91,9 @@ struct Accumulators {
 
   // The rows of a that the next tile reads, which another core may have written: at 8 rows of
   // three vectors, two cache lines per four terms are all of them.
-  EMO_INLINE static void fetch_next_rows(const E* a, int quad) {
+  EMO_INLINE static void fetch_next_rows(const E* a, int64_t k) {
     constexpr int kBytes = 4 * kTerms<E> * kRows * static_cast<int>(sizeof(E));
-    const char* const next = reinterpret_cast<const char*>(a + kRows * kPanel<T>) + quad * kBytes;
+    const char* const next = reinterpret_cast<const char*>(a + kRows * (kPanel<T> + k));
     unroll<(kBytes + 63) / 64>(EMO_UNROLLED(i) { __builtin_prefetch(next + 64 * i, 0, 2); });
   }
 
@@ -102,15 +102,15 @@ struct Accumulators {
                            Ahead& ahead) {
     constexpr int kT = kTerms<E>, kRow = Shape::kWidth * kT;
     for (; K > 0; K -= kPanel<T>) {
-      const int depth = static_cast<int>(min<int64_t>(K, kPanel<T>));
-      int k = 0;
+      const int64_t depth = min<int64_t>(K, kPanel<T>);
+      int64_t k = 0;
       for (; k + 4 * kT <= depth; k += 4 * kT, b += 4 * kRow) {
         step(a + k, b);
         step(a + k + kT, b + kRow);
         step(a + k + 2 * kT, b + 2 * kRow);
         step(a + k + 3 * kT, b + 3 * kRow);
         ahead.fetch();
-        fetch_next_rows(a, k / (4 * kT));
+        fetch_next_rows(a, k);
       }
       for (; k < depth; k += kT, b += kRow) step(a + k, b);
       a += a_panel_stride;

@@ -72,17 +72,27 @@ EMO_INLINE V fma(V a, V b, V c) {
 }
 
 // AddressSanitizer sees no masked access: under it the elements go one by one.
-#if defined(EMO_ISA_AVX512) && !defined(__SANITIZE_ADDRESS__)
+#if (defined(EMO_ISA_AVX512) || defined(EMO_ISA_AVX2)) && !defined(__SANITIZE_ADDRESS__)
 #define EMO_MASKED_ACCESS
+#endif
+
+#if defined(EMO_ISA_AVX2)
+// All bits of the first `count` lanes.
+EMO_INLINE __m256i first_bits(int64_t count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
+}
 #endif
 
 // The first `count` elements of a vector whose other lanes are 0 / are left alone in memory.
 template <class V, class T>
 EMO_INLINE V load_first(const T* p, int64_t count) {
-#ifdef EMO_MASKED_ACCESS
+#if defined(EMO_MASKED_ACCESS) && defined(EMO_ISA_AVX512)
   const auto mask = static_cast<uint32_t>((uint64_t{1} << count) - 1);
   if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_maskz_loadu_ps(mask, p);
   if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return _mm256_maskz_loadu_ps(mask, p);
+#elif defined(EMO_MASKED_ACCESS)
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return _mm256_maskload_ps(p, first_bits(count));
 #endif
   V v{};
   for (int64_t i = 0; i < count; ++i) v[i] = p[i];
@@ -91,10 +101,13 @@ EMO_INLINE V load_first(const T* p, int64_t count) {
 
 template <class V, class T>
 EMO_INLINE void store_first(T* p, V v, int64_t count) {
-#ifdef EMO_MASKED_ACCESS
+#if defined(EMO_MASKED_ACCESS) && defined(EMO_ISA_AVX512)
   const auto mask = static_cast<uint32_t>((uint64_t{1} << count) - 1);
   if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_mask_storeu_ps(p, mask, v);
   if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return _mm256_mask_storeu_ps(p, mask, v);
+#elif defined(EMO_MASKED_ACCESS)
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 4)
+    return _mm256_maskstore_ps(p, first_bits(count), v);
 #endif
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
@@ -105,6 +118,9 @@ EMO_INLINE V first_lanes(V v, int64_t count, V rest = V{}) {
 #if defined(EMO_ISA_AVX512)
   const auto mask = static_cast<uint32_t>((uint64_t{1} << count) - 1);
   if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_mask_mov_ps(rest, mask, v);
+#elif defined(EMO_ISA_AVX2)
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 4)
+    return _mm256_blendv_ps(rest, v, _mm256_castsi256_ps(first_bits(count)));
 #endif
   constexpr int kLanes = sizeof(V) / sizeof(T);
   T lanes[kLanes];
@@ -179,7 +195,7 @@ EMO_INLINE T sum_lanes(V v) {
 template <class V, class T>
 EMO_INLINE T max_lanes(V v) {
   constexpr int kLanes = sizeof(V) / sizeof(T);
-  const auto larger = [](V a, V b) __attribute__((always_inline)) { return a > b ? a : b; };
+  const auto larger = [](V a, V b) __attribute__((always_inline)) { return max(a, b); };
   return reduce_lanes<kLanes / 2>(v, larger, typename MakeIndices<kLanes>::type{})[0];
 }
 
