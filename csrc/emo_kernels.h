@@ -221,6 +221,16 @@ struct ExpandBackwardCall {
   int threads = 1;
 };
 
+// Both in one pass: expand.out, the map between them, and expand.slope are written where they are
+// given; depthwise.x is not read.
+struct ExpandDepthwiseCall {
+  DType dtype = DType::kFloat32;
+  ExpandCall expand;
+  DepthwiseCall depthwise;
+  int64_t N = 0;
+  int threads = 1;
+};
+
 // Both gradients in one pass over the expanded map between them: depthwise.dx is computed, times
 // act', as expand.grad, and neither is written. expand.slope and depthwise.x are the forward's, or
 // null: recomputed. Without out_grad and norm_grad; sizes and types agree.
@@ -299,6 +309,7 @@ void depthwise_conv2d_backward(const DepthwiseBackwardCall& call);
 void conv_norm_act_backward(const ConvNormActBackwardCall& call);
 void expand(const ExpandCall& call);
 void expand_backward(const ExpandBackwardCall& call);
+void expand_depthwise(const ExpandDepthwiseCall& call);
 void expand_depthwise_backward(const ExpandDepthwiseBackwardCall& call);
 void shrink(const ShrinkCall& call);
 void shrink_backward(const ShrinkBackwardCall& call);

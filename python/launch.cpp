@@ -135,6 +135,27 @@ Launch expand_backward(int dtype, const py::tuple& sizes, double eps) {
                    &C::dbias, &C::sums);
 }
 
+Launch expand_depthwise(int dtype, const py::tuple& sizes, double eps) {
+  using C = cpu::ExpandDepthwiseCall;
+  C c = call_in<C>(dtype);
+  cpu::ExpandCall& e = c.expand;
+  cpu::DepthwiseCall& d = c.depthwise;
+  read_integers("expand_depthwise: sizes", sizes, c.N, d.H, d.W, e.C, e.M, d.K, d.stride, d.padding,
+                d.dilation, e.norm, e.act);
+  d.N = c.N;
+  d.C = e.M;
+  e.eps = eps;
+  return {11, [c](void* const* addresses, int threads) {
+            C mine = c;
+            cpu::ExpandCall& e = mine.expand;
+            cpu::DepthwiseCall& d = mine.depthwise;
+            take(addresses, e.x, e.weight, e.bias, e.norm_weight, e.norm_bias, d.weight, d.pivot,
+                 e.out, e.slope, d.y, d.sums);
+            mine.threads = threads;
+            cpu::expand_depthwise(mine);
+          }};
+}
+
 Launch expand_depthwise_backward(int dtype, const py::tuple& sizes, double eps) {
   using C = cpu::ExpandDepthwiseBackwardCall;
   C c = call_in<C>(dtype);
@@ -209,6 +230,7 @@ void add_launches(py::module_& m) {
   m.def("depthwise_conv2d_backward", &depthwise_conv2d_backward);
   m.def("expand", &expand);
   m.def("expand_backward", &expand_backward);
+  m.def("expand_depthwise", &expand_depthwise);
   m.def("expand_depthwise_backward", &expand_depthwise_backward);
   m.def("shrink", &shrink);
   m.def("shrink_backward", &shrink_backward);

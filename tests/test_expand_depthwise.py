@@ -1,4 +1,4 @@
-"""Expansion and depthwise convolution in one pass: their gradient, on every backend that has it.
+"""Expansion and depthwise convolution in one pass, and their gradient, where a backend has both.
 
 ``test_irmb_training*.py`` and ``test_cpu_fuzz.py`` run it in whole blocks; here are maps of many
 bands, and what it may be asked for.
@@ -23,7 +23,9 @@ from emo_kernels import backends, reference
 from emo_kernels.ops import expand_depthwise as ops_expand_depthwise
 from emo_kernels.spec import batch_norm_affine
 
+FP32 = torch.float32
 BACKENDS = [n for n in implementing("expand_depthwise_backward") if n != "reference"]
+FORWARD = ("x", "weight", "bias", "norm_weight", "norm_bias", "dw_weight")
 GRADIENTS = ("x", "weight", "bias", "norm_weight", "norm_bias", "dw_weight")
 _WIDE = Row("bands", c=24, m=53, o=24, h=37, w=31, n=3)
 # Bands within an image and over several, wider than long, of one row; every phase of a stride.
@@ -91,6 +93,14 @@ class Call:
         kept = run(*(self.tensors[name] for name in names), **self.expansion)
         self.tensors["e"], self.tensors["slope"] = kept
 
+    def forward(self, backend: str, pivot: Tensor | None, slope: bool) -> dict[str, Tensor]:
+        """What one pass gives by name, memory filled with NaN before."""
+        tensors = [*(self.tensors[name] for name in FORWARD), pivot]
+        function = backends.function(backend, "expand_depthwise_with_maps")
+        with poisoned_memory("nan"):
+            found = function(*tensors, statistics=True, slope=slope, **self.options)
+        return dict(zip(("y", "sums", "e", "slope")[: len(found)], found, strict=True))
+
     def run(self, backend: str, needed: list[bool] | None = None) -> list[Tensor]:
         function = backends.function(backend, "expand_depthwise_backward")
         with poisoned_memory("nan"):
@@ -105,6 +115,70 @@ class Call:
         for name, actual, exactly, plain in zip(names, got, want, eager, strict=True):
             # Sums for a batch norm come in fp64.
             close(actual.to(dtype), exactly, plain.to(dtype), dtype, name)
+
+
+def assert_sums_of(y: Tensor, pivot: Tensor, sums: Tensor) -> None:
+    """In fp64; up to 8 terms are added in the type that maps are computed in."""
+    deviation = (y.double() - pivot.double().reshape(-1, 1, 1)).transpose(0, 1).flatten(1)
+    exact = torch.stack([deviation.sum(1), deviation.square().sum(1)])
+    scale = torch.stack([deviation.abs().sum(1), deviation.square().sum(1)])
+    assert sums.dtype == torch.float64 and sums.shape == exact.shape
+    assert ((sums - exact).abs() <= 1e-6 * scale).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("slope", [False, True], ids=["without_slope", "with_slope"])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs(backend: str, row: Row, slope: bool, dtype: str) -> None:
+    """All maps, the sums, and y alone, with them and without."""
+    kind = DTYPES[dtype]
+    call = Call(row, kind)
+    pivot = torch.linspace(-1, 1, row.m).to(torch.float64 if dtype == "fp64" else torch.float32)
+    got = call.forward(backend, pivot, slope)
+    tensors = [call.tensors[name] for name in FORWARD]
+    exact = [None if t is None else t.double() for t in tensors]
+    kept: dict[str, Any] = {"statistics": True, "slope": True, **call.options}
+    for name, want, eager in zip(
+        ("y", "sums", "e", "slope"),
+        reference.expand_depthwise_with_maps(*exact, pivot.double(), **kept),
+        reference.expand_depthwise_with_maps(*tensors, pivot, **kept),
+        strict=True,
+    ):
+        if name in got and name != "sums":
+            close(got[name], want, eager, kind, name)
+    assert_sums_of(got["y"], pivot, got["sums"])
+    y, sums = backends.function(backend, "expand_depthwise_statistics")(
+        *tensors, pivot, **call.options
+    )
+    alone = backends.function(backend, "expand_depthwise")(*tensors, **call.options)
+    assert torch.equal(y, alone)
+    assert_sums_of(y, pivot, sums)
+    if not slope:
+        assert torch.equal(y, got["y"]) and torch.equal(sums, got["sums"])
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_write_the_same_maps(backend: str, row: Row) -> None:
+    """To the bit, wherever one thread's rows end: also y in which nothing but padding is seen."""
+    call = Call(row, FP32)
+    call.options["padding"] += 2
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(call.forward(backend, None, True))
+    finally:
+        torch.set_num_threads(before)
+    tensors = [call.tensors[name] for name in FORWARD]
+    want = reference.expand_depthwise(
+        *(None if t is None else t.double() for t in tensors), **call.options
+    )
+    close(found[0]["y"], want, reference.expand_depthwise(*tensors, **call.options), FP32, "y")
+    for other in found[1:]:
+        assert all(torch.equal(other[name], found[0][name]) for name in ("y", "e", "slope"))
+        assert torch.allclose(other["sums"], found[0]["sums"], rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
@@ -138,7 +212,7 @@ def test_threads_share_bands(backend: str, row: Row, threads: int) -> None:
 @pytest.mark.parametrize("row", shapes.rows("ragged_c21", "odd_c21_m31"), ids=str)
 def test_what_is_asked_for_does_not_change_it(backend: str, row: Row) -> None:
     """One gradient alone has the bits that it has among all of them."""
-    call = Call(row, torch.float32)
+    call = Call(row, FP32)
     places = [i for i, needed in enumerate(call.needed) if needed]
     for place, every in zip(places, call.run(backend), strict=True):
         needed = [i == place for i in range(len(GRADIENTS))]
@@ -151,7 +225,7 @@ def test_what_is_asked_for_does_not_change_it(backend: str, row: Row) -> None:
 def test_whole_numbers_are_exact(backend: str, stride: int) -> None:
     """Then no order of sums can show: every pixel, channel, tap and border is where it belongs."""
     row = replace(_WIDE, name=f"whole_{stride}", stride=stride, norm="none", act="relu")
-    call = Call(row, torch.float32)
+    call = Call(row, FP32)
     for name, t in call.tensors.items():
         if t is not None:
             call.tensors[name] = (2 * t).round().clamp(-2, 2)
@@ -165,9 +239,9 @@ def test_whole_numbers_are_exact(backend: str, stride: int) -> None:
 @pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("name", ["ragged_c21", "no_bias"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_torch_op(backend: str, name: str, kept: bool) -> None:
+def test_the_torch_ops(backend: str, name: str, kept: bool) -> None:
     """Schema and fake, and the kernel behind them."""
-    call = Call(shapes.rows(name)[0], torch.float32)
+    call = Call(shapes.rows(name)[0], FP32)
     if kept:
         call.keep(backend)
     maps = {n: t for n, t in call.tensors.items() if t is not None and t.dim() == 4}
@@ -176,5 +250,10 @@ def test_the_torch_op(backend: str, name: str, kept: bool) -> None:
     arguments = (*call.tensors.values(), call.needed, *call.options.values(), backend)
     got = ops_expand_depthwise.backward(*arguments)
     assert all(map(torch.equal, got, call.run(backend)))
-    op = torch.ops.emo_kernels.expand_depthwise_backward.default
-    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+    library = torch.ops.emo_kernels
+    forward = [*(call.tensors[name] for name in FORWARD), None, True, kept]
+    for op, given in (
+        (library.expand_depthwise_backward, arguments),
+        (library.expand_depthwise_with_maps, (*forward, *call.options.values(), backend)),
+    ):
+        torch.library.opcheck(op.default, given, test_utils=("test_schema", "test_faketensor"))

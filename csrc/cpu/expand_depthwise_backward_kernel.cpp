@@ -1,7 +1,7 @@
 // Computes  the gradients of y = w * e, e = act(a), a = W n + b, n = norm(x) from dy = c1 grad +
 //           c2 (y - mean) + c3: de = w^T * dy + local_grad, dw = dy * e, da = de act'(a),
 //           dn = W^T da, dW = da^T n, db = sum da, then the norm's own gradient, or its sums.
-// Tiling    bands of whole rows, up to 224 pixels, over the images in a row. Of each panel of
+// Tiling    bands of whole rows, up to 336 pixels, over the images in a row. Of each panel of
 //           expanded channels the rows of dy that meet the band come into the L2 cache; row by row
 //           de, times act'(a), becomes da and e gives its share of dw; da feeds both products.
 //           Neither de nor da is written to memory.
@@ -45,7 +45,7 @@ struct Layout {
   T *e, *de;           // a row of one panel; of e with the zero columns that the taps read
 
   static int64_t band(const Call& call) {
-    constexpr int64_t kMost = 224, kBytes = 448 << 10;
+    constexpr int64_t kMost = 336, kBytes = 448 << 10;
     const int64_t H = call.depthwise.H;
     const int64_t elements = 2 * ceil_div(call.expand.C, P) * P + 4 * P;
     const int64_t pixels = min(kMost, kBytes / (elements * static_cast<int64_t>(sizeof(T))));

@@ -48,6 +48,7 @@ EMO_DECLARE_KERNEL(DepthwiseCall, depthwise_conv2d_kernel);
 EMO_DECLARE_KERNEL(DepthwiseBackwardCall, depthwise_conv2d_backward_kernel);
 EMO_DECLARE_KERNEL(ExpandCall, expand_kernel);
 EMO_DECLARE_KERNEL(ExpandBackwardCall, expand_backward_kernel);
+EMO_DECLARE_KERNEL(ExpandDepthwiseCall, expand_depthwise_kernel);
 EMO_DECLARE_KERNEL(ExpandDepthwiseBackwardCall, expand_depthwise_backward_kernel);
 EMO_DECLARE_KERNEL(ShrinkCall, shrink_kernel);
 EMO_DECLARE_KERNEL(ShrinkBackwardCall, shrink_backward_kernel);

@@ -28,9 +28,9 @@ endif()
 set(EMO_WARNINGS -Wall -Wextra -Wno-psabi -Wno-unknown-pragmas
     -Wno-uninitialized -Wno-maybe-uninitialized) # GCC 12: false alarms inside its own avx512fintrin.h
 set(EMO_CPU_KERNELS irmb conv_norm_act conv_norm_act_backward norm_pool_linear pixels depthwise_conv2d depthwise_conv2d_backward expand expand_backward
-    expand_depthwise_backward shrink shrink_backward window_attention window_attention_backward)
+    expand_depthwise expand_depthwise_backward shrink shrink_backward window_attention window_attention_backward)
 set(EMO_CPU_KERNELS_avx512bf16 irmb expand expand_backward
-    expand_depthwise_backward shrink shrink_backward) # what has bfloat16 products; the rest runs as avx512
+    expand_depthwise expand_depthwise_backward shrink shrink_backward) # what has bfloat16 products; the rest runs as avx512
 add_library(emo_kernels_cpu STATIC csrc/cpu/batch_norm.cpp csrc/cpu/convert.cpp csrc/cpu/irmb.cpp csrc/cpu/irmb_plan.cpp csrc/cpu/isa.cpp
     csrc/cpu/threads.cpp csrc/cpu/training.cpp)
 target_include_directories(emo_kernels_cpu PUBLIC csrc)

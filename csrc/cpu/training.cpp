@@ -24,6 +24,7 @@ EMO_KERNEL_FOR(DepthwiseCall, depthwise_conv2d_kernel, )
 EMO_KERNEL_FOR(DepthwiseBackwardCall, depthwise_conv2d_backward_kernel, )
 EMO_KERNEL_FOR(ExpandCall, expand_kernel, EMO_PAIRS(expand_kernel))
 EMO_KERNEL_FOR(ExpandBackwardCall, expand_backward_kernel, EMO_PAIRS(expand_backward_kernel))
+EMO_KERNEL_FOR(ExpandDepthwiseCall, expand_depthwise_kernel, EMO_PAIRS(expand_depthwise_kernel))
 EMO_KERNEL_FOR(ExpandDepthwiseBackwardCall, expand_depthwise_backward_kernel,
                EMO_PAIRS(expand_depthwise_backward_kernel))
 EMO_KERNEL_FOR(ShrinkCall, shrink_kernel, EMO_PAIRS(shrink_kernel))
@@ -128,6 +129,15 @@ void expand_backward(const ExpandBackwardCall& call) {
   check(call.x && call.weight && call.grad, "expand_backward: a null pointer");
   check(call.C >= 1 && call.M >= 1 && call.pixels >= 1 && call.threads >= 1,
         "expand_backward: sizes");
+  launch(call);
+}
+
+void expand_depthwise(const ExpandDepthwiseCall& call) {
+  const ExpandCall& e = call.expand;
+  const DepthwiseCall& d = call.depthwise;
+  check_convolution(d, "expand_depthwise: sizes");
+  check(e.C >= 1 && e.M == d.C && d.N == call.N, "expand_depthwise: sizes");
+  check(e.x && e.weight && d.weight && d.y, "expand_depthwise: a null pointer");
   launch(call);
 }
 

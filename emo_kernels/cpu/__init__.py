@@ -29,7 +29,13 @@ from emo_kernels.cpu.expand import (
     expand_unsupported,
     expand_with_slope,
 )
-from emo_kernels.cpu.expand_depthwise import expand_depthwise_backward
+from emo_kernels.cpu.expand_depthwise import (
+    expand_depthwise,
+    expand_depthwise_backward,
+    expand_depthwise_statistics,
+    expand_depthwise_unsupported,
+    expand_depthwise_with_maps,
+)
 from emo_kernels.cpu.irmb import irmb, irmb_bind, irmb_unsupported
 from emo_kernels.cpu.irmb_training import irmb_training_unsupported
 from emo_kernels.cpu.irmb_training import keeps_local_gradient as keeps_local_gradient
@@ -75,7 +81,11 @@ __all__ = [
     "expand",
     "expand_backward",
     "expand_backward_with_slope",
+    "expand_depthwise",
     "expand_depthwise_backward",
+    "expand_depthwise_statistics",
+    "expand_depthwise_unsupported",
+    "expand_depthwise_with_maps",
     "expand_unsupported",
     "expand_with_slope",
     "irmb",

@@ -42,6 +42,15 @@ def _statistics(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> tuple[
     return y, x.new_empty((2, weight.shape[0]), dtype=torch.float64)
 
 
+def _with_maps(
+    x: Tensor, weight: Tensor, *rest: Any, statistics: bool, slope: bool, **options: Any
+) -> list[Tensor]:
+    n, _c, h, w = x.shape
+    y = _convolved(x, weight, *rest, **options)
+    sums = [x.new_empty((2, weight.shape[0]), dtype=torch.float64)] if statistics else []
+    return [y, *sums, *(empty_map(x, (n, weight.shape[0], h, w)) for _ in range(1 + slope))]
+
+
 def _gradients(
     grad: Tensor, *tensors: Tensor | None, needed: Sequence[bool], **_: Any
 ) -> list[Tensor]:
@@ -56,6 +65,13 @@ statistics = define_kernel(
     _OPTIONS,
     "(Tensor, Tensor)",
     _statistics,
+)
+with_maps = define_kernel(
+    "expand_depthwise_with_maps",
+    f"{_TENSORS}, Tensor? pivot",
+    f"bool statistics, bool slope, {_OPTIONS}",
+    "Tensor[]",
+    _with_maps,
 )
 backward = define_kernel(
     "expand_depthwise_backward",

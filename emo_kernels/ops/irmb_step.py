@@ -25,6 +25,7 @@ from emo_kernels.ops.expand import with_slope as expand_with_slope
 from emo_kernels.ops.expand_depthwise import backward as expand_depthwise_backward
 from emo_kernels.ops.expand_depthwise import forward as expand_depthwise_forward
 from emo_kernels.ops.expand_depthwise import statistics as expand_depthwise_statistics
+from emo_kernels.ops.expand_depthwise import with_maps as expand_depthwise_with_maps
 from emo_kernels.ops.registration import watched
 from emo_kernels.ops.shrink import backward as shrink_backward
 from emo_kernels.ops.shrink import forward as shrink_forward
@@ -216,9 +217,9 @@ class Step:
         """
         dw_weight, pivot = self.weights.dw_weight, self.weights.bn_mean
         counts = self.plan.bn.batch_statistics
+        tensors, options = self._expand_arguments(norm)
+        both = (*options[:-1], *self.conv)
         if self._skips_e(s, norm):
-            tensors, options = self._expand_arguments(norm)
-            both = (*options[:-1], *self.conv)
             if counts:
                 return (
                     None,
@@ -227,6 +228,11 @@ class Step:
                 )
             y = expand_depthwise_forward(s, *tensors, dw_weight, *both)
             return None, None, y, None
+        if self.expands and backends.has(self.backend, "expand_depthwise_with_maps"):
+            arguments = (s, *tensors, dw_weight, pivot, counts)
+            found = expand_depthwise_with_maps(*arguments, self._keeps_slope(s), *both)
+            y, sums, e, slope = spread(found, [True, counts, True, self._keeps_slope(s)])
+            return e, slope, y, sums
         e, slope = self._expand(s, norm)
         if counts:
             return e, slope, *depthwise_conv2d_statistics(e, dw_weight, pivot, *self.conv)
@@ -270,18 +276,19 @@ class Step:
         self, grad: Tensor, x: Tensor, maps: Maps, x_needed: bool, wants: set[str]
     ) -> dict[str, Tensor | None]:
         spec, norm = self.spec, maps.norm
-        if maps.e is None:
+        below = x_needed or bool(wants & _BELOW_THE_CONVOLUTION)
+        in_one = below and self._convolves_with_expansion()
+        if maps.e is None and not in_one:
             e, slope = self._expand(maps.s, norm)
             maps = maps._replace(e=e, slope=slope)
         grads: dict[str, Any] = {}
         dz, local_grad = self._shrink_backward(grad, maps, wants, grads)
         residual = grad if spec.skip and self.plan.adds_residual else None
-        below = x_needed or bool(wants & _BELOW_THE_CONVOLUTION)
         # The norm's affine map and the residual belong to the operator that reads x.
         first: tuple[Any, ...] = (None, residual) if norm is None else (norm.affine, None)
         at_x = (None, None) if self.attends else first
         dx: Tensor | None
-        if below and self._convolves_with_expansion():
+        if in_one:
             dx = self._expand_convolve_backward(dz, maps, local_grad, at_x, wants, grads)
         else:
             dx = self._convolve_backward(dz, maps, local_grad, below, wants, grads)

@@ -34,6 +34,7 @@ from emo_kernels.reference.expand_depthwise import (
     expand_depthwise,
     expand_depthwise_backward,
     expand_depthwise_statistics,
+    expand_depthwise_with_maps,
 )
 from emo_kernels.reference.irmb import irmb
 from emo_kernels.reference.norm_pool_linear import norm_pool_linear
@@ -60,6 +61,7 @@ __all__ = [
     "expand_depthwise",
     "expand_depthwise_backward",
     "expand_depthwise_statistics",
+    "expand_depthwise_with_maps",
     "expand_with_slope",
     "irmb",
     "norm_pool_linear",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from emo_kernels.reference.batch_norm import batch_norm_sums
 from emo_kernels.reference.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_backward
-from emo_kernels.reference.expand import expand, expand_backward
+from emo_kernels.reference.expand import expand, expand_backward, expand_with_slope
 
 
 def expand_depthwise(
@@ -83,6 +83,34 @@ def expand_depthwise_statistics(
         dilation=dilation,
     )
     return y, batch_norm_sums(y, pivot)
+
+
+def expand_depthwise_with_maps(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dw_weight: Tensor,
+    pivot: Tensor | None,
+    *,
+    statistics: bool,
+    slope: bool,
+    norm: str,
+    eps: float,
+    act: str,
+    groups: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> list[Tensor]:
+    """y, its sums if ``statistics``, e, and its slope if ``slope``: for the gradient to read."""
+    tensors = (x, weight, bias, norm_weight, norm_bias)
+    expansion: dict[str, Any] = {"norm": norm, "eps": eps, "act": act, "groups": groups}
+    e, derivative = expand_with_slope(*tensors, **expansion)
+    y = depthwise_conv2d(e, dw_weight, stride=stride, padding=padding, dilation=dilation)
+    sums = [batch_norm_sums(y, pivot)] if statistics else []
+    return [y, *sums, e, *([derivative] if slope else [])]
 
 
 def expand_depthwise_backward(
