@@ -3,6 +3,7 @@
 
 #include "cpu/blocked.h"
 #include "cpu/normalize.h"
+#include "cpu/written_map.h"
 
 namespace emo_kernels::cpu {
 namespace {
@@ -33,8 +34,6 @@ template <class T>
 EMO_INLINE int64_t next_panel(int64_t p, int64_t M, int64_t rows) {
   return (p + 1) * kPanel<T> < M ? kPanel<T> : rows * M - p * kPanel<T>;
 }
-
-EMO_INLINE void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 template <class T>
 struct NormRows {

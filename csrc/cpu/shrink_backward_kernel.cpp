@@ -4,8 +4,8 @@
 //           g)^T t, dgate = sum dt c, ddrop = sum (W^T g) t.
 // Tiling    up to 224 pixels at a time: g stays in the L2 cache while panels of expanded channels
 //           pass; of each, dt is a GEMM, t is recomputed, dz written, t multiplied into dW.
-// Traffic   reads grad, y and local once, writes dz (and dlocal) once; weight and a thread's dW
-//           pass once every 224 pixels.
+// Traffic   reads grad, y and local once, writes dz (and dlocal) once, past the caches where they
+//           are large; weight and a thread's dW pass once every 224 pixels.
 // Numerics  as expand_backward's.
 // Limits    none on sizes.
 #include "cpu/launch.h"
@@ -90,8 +90,9 @@ struct Panel {
 
   // dz, its sums, dlocal, and t times the drop scale.
   void differentiate() const {
-    S* const dy = c.dy ? static_cast<S*>(c.dy) + first * c.M + m : nullptr;
-    S* const dlocal = c.dlocal ? static_cast<S*>(c.dlocal) + first * c.M + m : nullptr;
+    const int64_t all = c.N * c.pixels;
+    const auto dy = WrittenMap<T, S>(c.dy, all, c.M).from(first * c.M + m);
+    const auto dlocal = WrittenMap<T, S>(c.dlocal, all, c.M).from(first * c.M + m);
     const int64_t next = next_panel<T>(m / P, c.M, rows);
     sum_rows<T>(rows, channels, l.sums + m, l.sums + l.padded + m,
                 [&](int64_t i, int64_t lane, int64_t count, V& a, V& b)
@@ -99,8 +100,8 @@ struct Panel {
                       const int64_t at = i * c.M + lane;
                       fetch(y + at + next);
                       if (local) fetch(local + at + next);
-                      if (dy) fetch(dy + at + next);
-                      if (dlocal) fetch(dlocal + at + next);
+                      if (dy) dy.expect(at + next);
+                      if (dlocal) dlocal.expect(at + next);
                       const V value = load_as<V>(y + at, count);
                       V t, slope;
                       silu_and_slope<T>(z(value, lane), t, slope);
@@ -118,8 +119,8 @@ struct Panel {
                       a = dz;
                       b = (value - load<V>(l.mean + m + lane)) * load<V>(l.invstd + m + lane);
                       if (!c.behind_norm) dz *= load<V>(l.scale + m + lane);
-                      if (dy) store_as(dy + at, dz, count);
-                      if (dlocal) store_as(dlocal + at, dt, count);
+                      if (dy) dy.store(at, dz, count);
+                      if (dlocal) dlocal.store(at, dt, count);
                     });
   }
 
@@ -220,6 +221,7 @@ void run(const Call& call, const Share& share) {
   team_barrier();
   each_step(call.N * call.pixels, l.most, share.thread, share.threads,
             [&](int64_t first, int64_t rows) { step<T, S>(call, l, first, rows); });
+  WrittenMap<T, S>::finish();
   team_barrier();
   if (call.sums) {
     each_of_mine(2 * call.M, share, [&](int64_t i) {
