@@ -187,7 +187,7 @@ struct ConvNormActBackwardCall {
   int threads = 1;
 };
 
-// out = act(W norm(x) + b).
+// out = act(W norm(x) + b); slope, act'(W norm(x) + b), is ExpandDepthwiseCall's.
 struct ExpandCall {
   DType dtype = DType::kFloat32;
   const void *x = nullptr, *weight = nullptr, *bias = nullptr;  // (N pixels, C), (M, C), (M,)
@@ -200,8 +200,8 @@ struct ExpandCall {
   int threads = 1;
 };
 
-// The gradient at out is grad + drop_scale[n] out_weight^T out_grad; slope is the forward's, or
-// null: recomputed. sums = sum dn, sum dn h with
+// The gradient at out is grad + drop_scale[n] out_weight^T out_grad; slope, the forward's, is
+// ExpandDepthwiseBackwardCall's. sums = sum dn, sum dn h with
 // h = (x - mean) invstd where mean is given, else x (affine) or xhat (layer). dx is the gradient
 // behind the norm's own (`behind_norm`: at norm(x)) plus residual; norm_grad is added to dn.
 struct ExpandBackwardCall {

@@ -120,7 +120,7 @@ Launch expand(int dtype, const py::tuple& sizes, double eps) {
   read_integers("expand: sizes", sizes, c.N, c.pixels, c.C, c.M, c.norm, c.act);
   c.eps = eps;
   return open_call(c, cpu::expand, &C::x, &C::weight, &C::bias, &C::norm_weight, &C::norm_bias,
-                   &C::out, &C::slope);
+                   &C::out);
 }
 
 Launch expand_backward(int dtype, const py::tuple& sizes, double eps) {
@@ -131,8 +131,8 @@ Launch expand_backward(int dtype, const py::tuple& sizes, double eps) {
   c.eps = eps;
   return open_call(c, cpu::expand_backward, &C::grad, &C::x, &C::weight, &C::bias, &C::norm_weight,
                    &C::norm_bias, &C::mean, &C::invstd, &C::out_grad, &C::out_weight,
-                   &C::drop_scale, &C::residual, &C::norm_grad, &C::slope, &C::dx, &C::dweight,
-                   &C::dbias, &C::sums);
+                   &C::drop_scale, &C::residual, &C::norm_grad, &C::dx, &C::dweight, &C::dbias,
+                   &C::sums);
 }
 
 Launch expand_depthwise(int dtype, const py::tuple& sizes, double eps) {

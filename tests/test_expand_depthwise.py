@@ -81,17 +81,14 @@ class Call:
         self.tensors = round_all(tensors, dtype)
         norm = "affine" if row.norm == "batch" else row.norm
         self.options: dict[str, Any] = {"norm": norm, "eps": 1e-6, "act": row.act, "groups": 1}
-        self.expansion = dict(self.options)
         self.options |= {"stride": row.stride, "padding": row.padding, "dilation": row.dilation}
         asked = {"norm_weight": norm != "none", "norm_bias": norm == "layer", "bias": row.bias}
         self.needed = [asked.get(name, True) for name in GRADIENTS]
 
     def keep(self, backend: str) -> None:
         """Give the kernel what its forward pass may have kept."""
-        names = ("x", "weight", "bias", "norm_weight", "norm_bias")
-        run = backends.function(backend, "expand_with_slope")
-        kept = run(*(self.tensors[name] for name in names), **self.expansion)
-        self.tensors["e"], self.tensors["slope"] = kept
+        maps = self.forward(backend, None, True)
+        self.tensors["e"], self.tensors["slope"] = maps["e"], maps["slope"]
 
     def forward(self, backend: str, pivot: Tensor | None, slope: bool) -> dict[str, Tensor]:
         """What one pass gives by name, memory filled with NaN before."""

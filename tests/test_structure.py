@@ -148,8 +148,7 @@ def test_one_stem_names_every_file_of_an_operator(operator: str) -> None:
 # What a training step of the whole block needs beside the operators.
 PIECES = {"batch_norm", "expand_depthwise", "squeeze"}
 _ROLES = (
-    "(_unsupported|_backward|_bind|_statistics|_with_slope|_with_maps|_training|_sums|_finalize"
-    "|_activate)+$"
+    "(_unsupported|_backward|_bind|_statistics|_with_maps|_training|_sums|_finalize|_activate)+$"
 )
 
 

@@ -2,10 +2,10 @@
 //           Wo^T out_grad (the local skip): da = de act'(a), dn = W^T da, dW = da^T n, db = sum da,
 //           then the norm's own gradient, or its sums.
 // Tiling    up to 224 pixels at a time: n, out_grad and dn stay in the L2 cache while panels of
-//           expanded channels pass. Of each panel a (unless act'(a) was kept) and Wo^T out_grad are
-//           recomputed, da replaces a in the L1 cache, and feeds both dn and dW: no map of the
+//           expanded channels pass. Of each panel a and Wo^T out_grad are recomputed, da
+//           replaces a in the L1 cache, and feeds both dn and dW: no map of the
 //           expanded width is written.
-// Traffic   reads grad, slope, x, out_grad and residual once, writes dx once; weights and a
+// Traffic   reads grad, x, out_grad and residual once, writes dx once; weights and a
 //           thread's dW pass once every 224 pixels.
 // Numerics  sums of products in the type it computes in (of operands rounded to bfloat16 where they
 //           are multiplied in pairs), dW over up to 224 pixels at a time; sums over pixels of up to
@@ -50,62 +50,34 @@ template <class T, class S, class E>
 struct Panel {
   using V = Vec<T, kLanesOf<T>>;
   static constexpr int64_t P = kPanel<T>;
-  const T *a, *d;         // tiles; d null: no local skip
-  const S *grad, *slope;  // at the panel's first channel; slope null: of a
-  int64_t M, next;        // channels of a pixel, and from here to the next panel
+  const T *a, *d;   // tiles; d null: no local skip
+  const S* grad;    // at the panel's first channel
+  int64_t M, next;  // channels of a pixel, and from here to the next panel
   int64_t rows, channels;
   double* dbias;
   E* da;
 
-  // da = (grad + d) times what slope_of(pixel, lane, count) gives, and its sums over the pixels.
-  template <class F>
-  EMO_INLINE void differentiate(F slope_of) const {
+  // da = (grad + d) act'(a), and its sums over the pixels.
+  template <Activation kAct>
+  void differentiate() const {
     sum_rows<T>(rows, channels, dbias, nullptr,
                 [&](int64_t i, int64_t lane, int64_t count, V& sum, V&)
                     __attribute__((always_inline)) {
                       fetch(grad + i * M + lane + next);
                       V v = load_as<V>(grad + i * M + lane, count);
                       if (d) v += load<V>(d + i * P + lane);
-                      v *= slope_of(i, lane, count);
+                      v *= activate_slope<T, kAct>(load<V>(a + i * P + lane));
                       store_as(da + i * P + lane, v);
                       sum = v;
                     });
     if (channels % kTerms<E> != 0) clear_channel(da + channels, rows);
-  }
-
-  void differentiate_kept() const {
-    differentiate([&](int64_t i, int64_t lane, int64_t count) __attribute__((always_inline)) {
-      fetch(slope + i * M + lane + next);
-      return load_as<V>(slope + i * M + lane, count);
-    });
-  }
-
-  template <Activation kAct>
-  void differentiate_of() const {
-    differentiate([&](int64_t i, int64_t lane, int64_t) __attribute__((always_inline)) {
-      return activate_slope<T, kAct>(load<V>(a + i * P + lane));
-    });
-  }
-
-  void differentiate(Activation act) const {
-    if (slope) return differentiate_kept();
-    switch (act) {
-      case Activation::kNone:
-        return differentiate_of<Activation::kNone>();
-      case Activation::kRelu:
-        return differentiate_of<Activation::kRelu>();
-      case Activation::kGelu:
-        return differentiate_of<Activation::kGelu>();
-      case Activation::kSilu:
-        return differentiate_of<Activation::kSilu>();
-    }
   }
 };
 
 template <class T, class S, class E>
 void step(const Call& c, const Layout<E>& l, int64_t first, int64_t rows) {
   constexpr int64_t P = kPanel<T>;
-  const S *grad = static_cast<const S*>(c.grad), *slope = static_cast<const S*>(c.slope);
+  const S* const grad = static_cast<const S*>(c.grad);
   const T* const drop = static_cast<const T*>(c.drop_scale);
   const Blocked<E> n = l.template normalize<S>(c, first, rows);
   if (c.out_grad) {
@@ -114,23 +86,21 @@ void step(const Call& c, const Layout<E>& l, int64_t first, int64_t rows) {
   }
   for (int64_t p = 0; p < l.panels; ++p) {
     const int64_t channels = min<int64_t>(P, c.M - p * P);
-    const int64_t at = first * c.M + p * P;
-    if (slope == nullptr) l.activation(c, p, rows);
+    l.activation(c, p, rows);
     if (c.out_grad) {
       product<E, false>({l.g.data, l.g.stride(), l.skip.panel(p), c.O, l.d, rows, nullptr, false},
                         panel_width<T>(channels));
     }
     const Panel<T, S, E> panel{l.a,
                                c.out_grad ? l.d : nullptr,
-                               grad + at,
-                               slope ? slope + at : nullptr,
+                               grad + first * c.M + p * P,
                                c.M,
                                next_panel<T>(p, c.M, rows),
                                rows,
                                channels,
                                l.dbias + p * P,
                                l.da};
-    panel.differentiate(c.act);
+    with_activation(c.act, [&](auto act) { panel.template differentiate<decltype(act)::value>(); });
     l.multiply(c, p, rows, n);
   }
   l.template finish<S>(c, first, rows);

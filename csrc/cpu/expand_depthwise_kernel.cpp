@@ -3,9 +3,10 @@
 // Tiling    bands of whole rows of e, over the images in a row. Of each panel of expanded channels
 //           a band comes into the L2 cache, as rows with zero columns, and the rows of y that it
 //           completes are written; the last rows of every panel wait for the band behind.
-// Traffic   reads x once (plus halo rows between threads), writes y once, and e and act'(a) where
-//           they are kept, which are not read; the packed weight passes once a band.
-// Numerics  as expand_kernel.cpp and depthwise_conv2d_kernel.cpp: the same bits.
+// Traffic   reads x once (plus halo rows between threads), writes y once, and where they are kept e
+//           and act'(a); the packed weight passes once a band.
+// Numerics  as expand_kernel.cpp and depthwise_conv2d_kernel.cpp; maps have the same bits for any
+//           split.
 // Limits    ungrouped; kernels up to 64 taps a side.
 #include "cpu/depthwise_rings.h"
 #include "cpu/norm_rows.h"

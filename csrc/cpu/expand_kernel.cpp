@@ -1,12 +1,11 @@
 // Computes  out = act(a), a = W norm(x) + b: the normalising, widening 1x1 convolution of a
-// training
-//           step; and act'(a) where its gradient wants that.
+//           training step.
 // Tiling    a thread takes a contiguous share of the pixels, up to 224 at a time: their norm(x)
 //           stays in the L2 cache while panels of output channels pass, each a GEMM whose result
 //           is activated while it is in the L1 cache.
-// Traffic   reads x once, writes out (and slope) once; the packed weight passes once every 224
-// pixels. Numerics  sums in the type it computes in, in chunks of 240 terms; the same bits for any
-// split. Limits    ungrouped.
+// Traffic   reads x once, writes out once; the packed weight passes once every 224 pixels.
+// Numerics  sums in the type it computes in, in chunks of 240 terms; the same bits for any split.
+// Limits    ungrouped.
 #include "cpu/launch.h"
 #include "cpu/norm_rows.h"
 #include "cpu/threads.h"
@@ -40,41 +39,21 @@ ScratchBytes scratch(const ExpandCall& call) {
   return {shared.used, own.used};
 }
 
-// One panel of a into out, and into slope where that is kept: both at the panel's first channel.
-template <class T, Activation kAct, class S>
-void store_activated(const T* tile, int64_t rows, int64_t channels, S* out, S* slope, int64_t M,
-                     int64_t next) {
-  using V = Vec<T, kLanesOf<T>>;
-  for (int64_t i = 0; i < rows; ++i, tile += kPanel<T>) {
-    each_lane_of<T>(channels, [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
-      const int64_t at = i * M + lane;
-      fetch(out + at + next);
-      if (slope == nullptr) {
-        store_as(out + at, activate<T, kAct>(load<V>(tile + lane)), count);
-        return;
-      }
-      fetch(slope + at + next);
-      V value, derivative;
-      activate_and_slope<T, kAct>(load<V>(tile + lane), value, derivative);
-      store_as(out + at, value, count);
-      store_as(slope + at, derivative, count);
-    });
-  }
-}
-
+// One panel of a into out, at the panel's first channel.
 template <class T, class S>
 void store_activated(Activation act, const T* tile, int64_t rows, int64_t channels, S* out,
-                     S* slope, int64_t M, int64_t next) {
-  switch (act) {
-    case Activation::kNone:
-      return store_activated<T, Activation::kNone>(tile, rows, channels, out, slope, M, next);
-    case Activation::kRelu:
-      return store_activated<T, Activation::kRelu>(tile, rows, channels, out, slope, M, next);
-    case Activation::kGelu:
-      return store_activated<T, Activation::kGelu>(tile, rows, channels, out, slope, M, next);
-    case Activation::kSilu:
-      return store_activated<T, Activation::kSilu>(tile, rows, channels, out, slope, M, next);
-  }
+                     int64_t M, int64_t next) {
+  using V = Vec<T, kLanesOf<T>>;
+  with_activation(act, [&](auto kind) {
+    for (int64_t i = 0; i < rows; ++i) {
+      each_lane_of<T>(channels, [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
+        S* const at = out + i * M + lane;
+        fetch(at + next);
+        const V a = load<V>(tile + i * kPanel<T> + lane);
+        store_as(at, activate<T, decltype(kind)::value>(a), count);
+      });
+    }
+  });
 }
 
 template <class T, class S>
@@ -92,7 +71,7 @@ void run(const ExpandCall& call, const Share& share) {
   if (share.thread == 0) l.norm.fill(call.norm_weight, call.norm_bias, nullptr, nullptr);
   team_barrier();
   const S* const x = static_cast<const S*>(call.x);
-  S *const out = static_cast<S*>(call.out), *const slope = static_cast<S*>(call.slope);
+  S* const out = static_cast<S*>(call.out);
   each_step(
       call.N * call.pixels, l.most, share.thread, share.threads, [&](int64_t first, int64_t rows) {
         l.norm.forward(x + first * call.C, rows, l.n);
@@ -100,9 +79,8 @@ void run(const ExpandCall& call, const Share& share) {
           product<E, false>({l.n.data, l.n.stride(), l.weight.panel(p), call.C, l.tile, rows,
                              l.bias + p * P, false},
                             l.weight.width(p));
-          const int64_t at = first * call.M + p * P;
-          store_activated(call.act, l.tile, rows, l.weight.channels(p), out + at,
-                          slope ? slope + at : nullptr, call.M, next_panel<T>(p, call.M, rows));
+          store_activated(call.act, l.tile, rows, l.weight.channels(p),
+                          out + first * call.M + p * P, call.M, next_panel<T>(p, call.M, rows));
         }
       });
 }

@@ -25,9 +25,7 @@ from emo_kernels.cpu.depthwise_conv2d import (
 from emo_kernels.cpu.expand import (
     expand,
     expand_backward,
-    expand_backward_with_slope,
     expand_unsupported,
-    expand_with_slope,
 )
 from emo_kernels.cpu.expand_depthwise import (
     expand_depthwise,
@@ -80,14 +78,12 @@ __all__ = [
     "depthwise_conv2d_unsupported",
     "expand",
     "expand_backward",
-    "expand_backward_with_slope",
     "expand_depthwise",
     "expand_depthwise_backward",
     "expand_depthwise_statistics",
     "expand_depthwise_unsupported",
     "expand_depthwise_with_maps",
     "expand_unsupported",
-    "expand_with_slope",
     "irmb",
     "irmb_bind",
     "irmb_training_unsupported",

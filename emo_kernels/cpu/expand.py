@@ -21,23 +21,9 @@ def expand_unsupported(
     return layout.wrong_dtype(x)
 
 
-def expand(x: Tensor, weight: Tensor, *vectors: Tensor | None, **options: Any) -> Tensor:
-    """act(W norm(x) + b), as ``emo_kernels.ops.expand`` defines it: (N, M, H, W)."""
-    return _expand(x, weight, None, *vectors, **options)
-
-
-def expand_with_slope(
-    x: Tensor, weight: Tensor, *vectors: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """:func:`expand` and, from the same pass, act'(W norm(x) + b)."""
-    slope = layout.new_map(x, x.shape[0], weight.shape[0], *x.shape[2:])
-    return _expand(x, weight, slope, *vectors, **options), slope
-
-
-def _expand(
+def expand(
     x: Tensor,
     weight: Tensor,
-    slope: Tensor | None,
     bias: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
@@ -47,6 +33,7 @@ def _expand(
     act: str = "none",
     groups: int = 1,
 ) -> Tensor:
+    """act(W norm(x) + b), as ``emo_kernels.ops.expand`` defines it: (N, M, H, W)."""
     n, c, h, w = x.shape
     m, dtype = weight.shape[0], x.dtype
     out = layout.new_map(x, n, m, h, w)
@@ -55,7 +42,7 @@ def _expand(
     parameters = [layout.dense(t, dtype) for t in (weight, bias, norm_weight, norm_bias)]
     x = layout.pixels(x)
     sizes = (n, h * w, c, m, layout.NORMS[norm], layout.ACTIVATIONS[act])
-    launch(_C.expand(layout.DTYPES[dtype], sizes, eps), x, *parameters, out, slope)
+    launch(_C.expand(layout.DTYPES[dtype], sizes, eps), x, *parameters, out)
     return out
 
 
@@ -78,7 +65,6 @@ def expand_backward(
     act: str = "none",
     groups: int = 1,
     norm_grad: Tensor | None = None,
-    slope: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of (x, weight, bias, norm_weight, norm_bias), those that are needed.
 
@@ -86,7 +72,6 @@ def expand_backward(
 
     Args:
         norm_grad: (N, C, H, W), added to the gradient at norm(x).
-        slope: (N, M, H, W), act'(W norm(x) + b); else it is recomputed.
     """
     n, c, h, w = x.shape
     m, dtype = weight.shape[0], x.dtype
@@ -112,7 +97,6 @@ def expand_backward(
         tensors += [layout.dense_map(out_grad), layout.dense(out_weight, dtype)]
         tensors += [layout.dense(drop_scale, dtype)]
         tensors += [layout.dense_map(residual), layout.dense_map(norm_grad)]
-        tensors += [layout.dense_map(slope)]
         tensors += [dx, dweight, dbias, sums]
         sizes = (n, h * w, c, m, o, layout.NORMS[norm], layout.ACTIVATIONS[act], trains_norm)
         launch(_C.expand_backward(layout.DTYPES[dtype], sizes, eps), *tensors)
@@ -123,20 +107,3 @@ def expand_backward(
     return layout.chosen(
         [*grads, *map(layout.gradient_like, rows, (norm_weight, norm_bias))], needed
     )
-
-
-def expand_backward_with_slope(
-    grad: Tensor,
-    slope: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    affine: Tensor | None = None,
-    residual: Tensor | None = None,
-    **options: Any,
-) -> list[Tensor]:
-    """:func:`expand_backward` of the whole gradient, with what :func:`expand_with_slope` kept."""
-    tensors = (x, weight, bias, norm_weight, norm_bias, affine)
-    return expand_backward(grad, *tensors, residual=residual, slope=slope, **options)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor
 
 from emo_kernels.ops import checks
-from emo_kernels.ops.registration import Operator, define_kernel, empty_gradients, empty_map
+from emo_kernels.ops.registration import Operator
 from emo_kernels.spec import ACTIVATIONS
 
 
@@ -31,29 +28,6 @@ _operator = Operator(
     norm_at=_NORM_AT,
 )
 forward, backward = _operator.forward, _operator.backward_op
-
-
-def _maps(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    x, shape = args[0], _output_shape(*args, **options)
-    return empty_map(x, shape), empty_map(x, shape)
-
-
-def _gradients(
-    grad: Tensor, slope: Tensor, *tensors: Tensor | None, needed: Sequence[bool], **_: Any
-) -> list[Tensor]:
-    *inputs, affine, _residual = tensors
-    return empty_gradients(inputs, needed, affine, _NORM_AT)
-
-
-with_slope = define_kernel("expand_with_slope", _TENSORS, _OPTIONS, "(Tensor, Tensor)", _maps)
-
-backward_with_slope = define_kernel(
-    "expand_backward_with_slope",
-    f"Tensor grad, Tensor slope, {_TENSORS}, Tensor? affine, Tensor? residual",
-    f"bool[] needed, {_OPTIONS}",
-    "Tensor[]",
-    _gradients,
-)
 
 
 def expand(

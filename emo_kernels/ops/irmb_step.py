@@ -19,9 +19,7 @@ from emo_kernels.ops.depthwise_conv2d import backward as depthwise_conv2d_backwa
 from emo_kernels.ops.depthwise_conv2d import forward as depthwise_conv2d_forward
 from emo_kernels.ops.depthwise_conv2d import statistics as depthwise_conv2d_statistics
 from emo_kernels.ops.expand import backward as expand_backward
-from emo_kernels.ops.expand import backward_with_slope as expand_backward_with_slope
 from emo_kernels.ops.expand import forward as expand_forward
-from emo_kernels.ops.expand import with_slope as expand_with_slope
 from emo_kernels.ops.expand_depthwise import backward as expand_depthwise_backward
 from emo_kernels.ops.expand_depthwise import forward as expand_depthwise_forward
 from emo_kernels.ops.expand_depthwise import statistics as expand_depthwise_statistics
@@ -194,13 +192,11 @@ class Step:
         options = (kind, eps, spec.act, spec.v_groups, self.backend)
         return (w.v_weight, w.v_bias, norm_weight, norm_bias), options
 
-    def _expand(self, s: Tensor, norm: Statistics | None) -> tuple[Tensor, Tensor | None]:
+    def _expand(self, s: Tensor, norm: Statistics | None) -> Tensor:
         if not self.expands:
-            return s, None
+            return s
         tensors, options = self._expand_arguments(norm)
-        if self._keeps_slope(s):
-            return expand_with_slope(s, *tensors, *options)
-        return expand_forward(s, *tensors, *options), None
+        return expand_forward(s, *tensors, *options)
 
     def _keeps_slope(self, s: Tensor) -> bool:
         # The gradient that it is for must be there as one map.
@@ -233,10 +229,10 @@ class Step:
             found = expand_depthwise_with_maps(*arguments, self._keeps_slope(s), *both)
             y, sums, e, slope = spread(found, [True, counts, True, self._keeps_slope(s)])
             return e, slope, y, sums
-        e, slope = self._expand(s, norm)
+        e = self._expand(s, norm)
         if counts:
-            return e, slope, *depthwise_conv2d_statistics(e, dw_weight, pivot, *self.conv)
-        return e, slope, depthwise_conv2d_forward(e, dw_weight, *self.conv), None
+            return e, None, *depthwise_conv2d_statistics(e, dw_weight, pivot, *self.conv)
+        return e, None, depthwise_conv2d_forward(e, dw_weight, *self.conv), None
 
     def _skips_e(self, s: Tensor, norm: Statistics | None) -> bool:
         """Whether one kernel expands and convolves, and nothing else wants e in this pass."""
@@ -279,8 +275,7 @@ class Step:
         below = x_needed or bool(wants & _BELOW_THE_CONVOLUTION)
         in_one = below and self._convolves_with_expansion()
         if maps.e is None and not in_one:
-            e, slope = self._expand(maps.s, norm)
-            maps = maps._replace(e=e, slope=slope)
+            maps = maps._replace(e=self._expand(maps.s, norm))
         grads: dict[str, Any] = {}
         dz, local_grad = self._shrink_backward(grad, maps, wants, grads)
         residual = grad if spec.skip and self.plan.adds_residual else None
@@ -415,12 +410,8 @@ class Step:
         norm = None if self.attends else maps.norm
         tensors, options = self._expand_arguments(norm)
         asked = self._asked_of_expansion(affine, wants)
-        if maps.slope is not None:
-            arguments = (maps.s, *tensors, affine, residual)
-            found = expand_backward_with_slope(grad, maps.slope, *arguments, asked, *options)
-        else:
-            arguments = (maps.s, *tensors, affine, *skip, residual)
-            found = expand_backward(grad, *arguments, asked, *options)
+        arguments = (maps.s, *tensors, affine, *skip, residual)
+        found = expand_backward(grad, *arguments, asked, *options)
         return self._keep_expansion(affine, spread(found, asked), grads)
 
     def _asked_of_expansion(self, affine: Tensor | None, wants: set[str]) -> list[bool]:

@@ -27,8 +27,6 @@ from emo_kernels.reference.depthwise_conv2d import (
 from emo_kernels.reference.expand import (
     expand,
     expand_backward,
-    expand_backward_with_slope,
-    expand_with_slope,
 )
 from emo_kernels.reference.expand_depthwise import (
     expand_depthwise,
@@ -57,12 +55,10 @@ __all__ = [
     "depthwise_conv2d_statistics",
     "expand",
     "expand_backward",
-    "expand_backward_with_slope",
     "expand_depthwise",
     "expand_depthwise_backward",
     "expand_depthwise_statistics",
     "expand_depthwise_with_maps",
-    "expand_with_slope",
     "irmb",
     "norm_pool_linear",
     "shrink",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -75,25 +74,6 @@ def expand(
     return activate(F.conv2d(h, weight, bias, groups=groups), act)
 
 
-def expand_with_slope(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    *,
-    norm: str = "none",
-    eps: float = 1e-6,
-    act: str = "none",
-    groups: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """:func:`expand` and act'(W norm(x) + b), for :func:`expand_backward_with_slope`."""
-    h = normalize(x, norm_weight, norm_bias, norm=norm, eps=eps)
-    a = F.conv2d(h, weight, bias, groups=groups)
-    ones = torch.ones_like(a)
-    return activate(a, act), gradients(lambda t: activate(t, act), (a,), ones, (True,))[0]
-
-
 def expand_backward(
     grad: Tensor,
     x: Tensor,
@@ -140,26 +120,3 @@ def expand_backward(
     grads = gradients(lambda *t: expand(*t, **options), (h, weight, bias), grad, wanted)
     sums = [channel_sums(grads[0], x, affine)] if needed[3] else []
     return [*grads[not needed[0] :], *sums]
-
-
-def expand_backward_with_slope(
-    grad: Tensor,
-    slope: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    affine: Tensor | None = None,
-    residual: Tensor | None = None,
-    *,
-    needed: Sequence[bool],
-    norm: str = "none",
-    eps: float = 1e-6,
-    act: str = "none",
-    groups: int = 1,
-) -> list[Tensor]:
-    """:func:`expand_backward` of the whole gradient at u, its activation's slope being known."""
-    tensors = (x, weight, bias, norm_weight, norm_bias, affine)
-    options: dict[str, Any] = {"norm": norm, "eps": eps, "act": "none", "groups": groups}
-    return expand_backward(grad * slope, *tensors, residual=residual, needed=needed, **options)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emo_kernels.reference.batch_norm import batch_norm_sums
 from emo_kernels.reference.depthwise_conv2d import depthwise_conv2d, depthwise_conv2d_backward
-from emo_kernels.reference.expand import expand, expand_backward, expand_with_slope
+from emo_kernels.reference.expand import expand, expand_backward
+from emo_kernels.reference.gradients import gradients
+from emo_kernels.spec import activate
 
 
 def expand_depthwise(
@@ -106,11 +109,11 @@ def expand_depthwise_with_maps(
 ) -> list[Tensor]:
     """y, its sums if ``statistics``, e, and its slope if ``slope``: for the gradient to read."""
     tensors = (x, weight, bias, norm_weight, norm_bias)
-    expansion: dict[str, Any] = {"norm": norm, "eps": eps, "act": act, "groups": groups}
-    e, derivative = expand_with_slope(*tensors, **expansion)
+    a = expand(*tensors, norm=norm, eps=eps, act="none", groups=groups)
+    e, ones = activate(a, act), torch.ones_like(a)
     y = depthwise_conv2d(e, dw_weight, stride=stride, padding=padding, dilation=dilation)
     sums = [batch_norm_sums(y, pivot)] if statistics else []
-    return [y, *sums, e, *([derivative] if slope else [])]
+    return [y, *sums, e, *gradients(lambda t: activate(t, act), (a,), ones, (slope,))]
 
 
 def expand_depthwise_backward(
@@ -143,7 +146,8 @@ def expand_depthwise_backward(
     Args:
         grad, y, coefficients, local_grad: of :func:`depthwise_conv2d_backward`, which gives the
             gradient at e.
-        e, slope: what :func:`expand_with_slope` gave, for a backend that reads them; or None.
+        e, slope: what :func:`expand_depthwise_with_maps` gave, for a backend that reads them; or
+            None.
         affine, residual: of :func:`expand_backward`.
     """
     tensors = (x, weight, bias, norm_weight, norm_bias)
