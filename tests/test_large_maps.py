@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from emo_kernels import _C
-from emo_kernels.cpu import expand_with_slope, shrink_backward
+from emo_kernels.cpu import expand_depthwise_with_maps, shrink_backward
 
 CHANNELS = 96  # rows of whole cache lines
 SIDE = 28  # 0.3 MB an image
@@ -56,7 +56,13 @@ def test_an_expansion_of_many_images_is_that_of_each(
     monkeypatch.setenv("EMO_KERNELS_ISA", isa)
     torch.manual_seed(0)
     x, weight = nhwc(4, 24, SIDE, SIDE), torch.randn(CHANNELS, 24, 1, 1)
-    whole = expand_with_slope(x, weight, act="gelu")
-    parts = [expand_with_slope(image, weight, act="gelu") for image in x.split(1)]
-    for place, found in enumerate(whole):
+    tensors = (weight, None, None, None, torch.randn(CHANNELS, 1, 3, 3), None)
+    options = {"norm": "none", "eps": 1e-6, "act": "gelu", "groups": 1}
+    options |= {"stride": 1, "padding": 1, "dilation": 1, "statistics": False, "slope": True}
+
+    def maps(images: Tensor) -> list[Tensor]:
+        return expand_depthwise_with_maps(images, *tensors, **options)
+
+    parts = [maps(image) for image in x.split(1)]
+    for place, found in enumerate(maps(x)):
         assert torch.equal(found, torch.cat([part[place] for part in parts]))
