@@ -30,6 +30,9 @@ SHARE = (
     "test_conv_norm_act_training.py::test_a_step_on_kernels",
     "test_conv_norm_act_training.py::test_every_instruction_set",
     "test_conv_norm_act_training.py::test_random_stems",
+    "test_expand_depthwise.py",
+    "test_large_maps.py",
+    "test_tapes.py",
 )
 LARGE = ("5m_", "1m_stage1", "1m_stage2", "wide_", "v2_")  # rows whose small kin are in the share
 
