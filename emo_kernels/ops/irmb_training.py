@@ -64,9 +64,10 @@ class _Block(torch.autograd.Function):
 
 
 def _run(run: Callable[..., Tensors], options: tuple[Any, ...], tensors: Tensors) -> Tensors:
-    backend = options[0].backend
-    if backends.has(backend, "repeated") and not watched(tuple(tensors)):
-        return backends.function(backend, "repeated")(run, options, tensors)
+    plan: Plan = options[0]
+    alone = plan.norm.process_group is None and plan.bn.process_group is None
+    if alone and backends.has(plan.backend, "repeated") and not watched(tuple(tensors)):
+        return backends.function(plan.backend, "repeated")(run, options, tensors)
     return run(*options, *tensors)
 
 
