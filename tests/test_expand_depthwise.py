@@ -6,6 +6,8 @@ bands, and what it may be asked for.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import shapes
 import torch
 from grid import DTYPES, implementing
-from memory import poisoned_memory
+from memory import guarded, poisoned_memory
 from numerics import round_all
 from shapes import Row
 from test_cuda_depthwise import close
@@ -254,3 +256,42 @@ def test_the_torch_ops(backend: str, name: str, kept: bool) -> None:
         (library.expand_depthwise_with_maps, (*forward, *call.options.values(), backend)),
     ):
         torch.library.opcheck(op.default, given, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="guard pages are Linux's mmap")
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_addresses_stay_inside(side: str) -> None:
+    """Not one byte outside a tensor is read or written: in a process to spare."""
+    child = subprocess.run(
+        [sys.executable, __file__, side], check=False, capture_output=True, text=True, timeout=300
+    )
+    report = f"exit {child.returncode}; {child.stdout[-200:]!r}; {child.stderr[-800:]}"
+    assert child.returncode == 0 and "survived" in child.stdout, report
+
+
+def _run_beside_guards(side: str) -> None:
+    """Every row in both directions, each tensor given or made ending or beginning at a guard."""
+    from emo_kernels.cpu import layout
+
+    new_map, empty = layout.new_map, layout.empty
+    layout.new_map = lambda *args: guarded(new_map(*args), side)
+    layout.empty = lambda *args: guarded(empty(*args), side)
+    for row in ROWS:
+        for dtype in ("fp32", "bf16", "fp64"):
+            print(row.name, dtype, flush=True)
+            if row.n == 0:
+                continue
+            call = Call(row, DTYPES[dtype])
+            for name, tensor in call.tensors.items():
+                if tensor is not None:
+                    dense = tensor if tensor.dim() < 4 else layout.pixels(tensor)
+                    call.tensors[name] = guarded(dense, side)
+            for kept in (False, True):
+                call.forward("cpu", None, kept)
+                call.run("cpu")
+                call.keep("cpu")
+    print("survived")
+
+
+if __name__ == "__main__":
+    _run_beside_guards(sys.argv[1])
