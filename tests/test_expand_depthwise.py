@@ -277,7 +277,7 @@ def _run_beside_guards(side: str) -> None:
     layout.new_map = lambda *args: guarded(new_map(*args), side)
     layout.empty = lambda *args: guarded(empty(*args), side)
     for row in ROWS:
-        for dtype in ("fp32", "bf16", "fp64"):
+        for dtype in ("fp32", "bf16"):
             print(row.name, dtype, flush=True)
             if row.n == 0:
                 continue

@@ -69,7 +69,7 @@ def test_steps_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.Monkey
     for model in (ours, other):
         ek.accelerate(model, backend="cpu")
     for _ in range(4):
-        compare(ours, other, torch.randn(2, 3, 64, 64).to(dtype), monkeypatch)
+        compare(ours, other, torch.randn(2, 3, 32, 32).to(dtype), monkeypatch)
     assert count() >= 12
 
 
@@ -77,7 +77,7 @@ def test_what_changes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, other = pair()
     for model in (ours, other):
         ek.accelerate(model, backend="cpu")
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 32, 32)
 
     def freeze_a_weight(model: nn.Module) -> None:
         next(p for n, p in model.named_parameters() if "proj" in n).requires_grad_(False)
@@ -124,7 +124,7 @@ def test_what_changes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
                 change(model)
         for _ in range(3):
             compare(ours, other, x, monkeypatch)
-    for images, side, threads in ((3, 64, 1), (2, 72, 2), (2, 64, 2)):
+    for images, side, threads in ((3, 32, 1), (2, 40, 2), (2, 32, 2)):
         torch.set_num_threads(threads)
         try:
             for _ in range(3):

@@ -39,8 +39,8 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_launches_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps: in the second, blocks sum their output for the next one."""
     for name in reference.__all__:  # stands in for the kernels, which would take minutes here
-        if name != "irmb":
-            monkeypatch.setattr(kernels, name, getattr(reference, name), raising=False)
+        if hasattr(kernels, name):
+            monkeypatch.setattr(kernels, name, getattr(reference, name))
     tiny = {"depths": (1, 2, 1, 1), "dims": (8, 12, 20, 21), "dim_heads": (8, 12, 20, 21)}
     with recording.record(kernels) as calls:
         command.run_model(
