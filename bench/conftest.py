@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from emo_kernels.measure.limits import machine_limits
+
 _BEGINS_BY = pytest.StashKey[float]()
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 pytest.register_assert_rewrite("numerics", "tolerance", "memory")
-
-from emo_kernels.measure.limits import machine_limits  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from campaign_parts import (  # noqa: E402
+from campaign_parts import (  # noqa: E402  (found by the path set above)
     PARTS,
     ROOT,
     SOURCES,
@@ -40,7 +40,7 @@ from campaign_parts import (  # noqa: E402
     State,
     run_part,
 )
-from campaign_report import markdown, short_report  # noqa: E402
+from campaign_report import markdown, short_report  # noqa: E402  (as above)
 
 MARGIN = 12.0  # seconds kept for writing and for starting a process
 DRY_LIMIT = 300.0

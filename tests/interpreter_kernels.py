@@ -14,10 +14,10 @@ interpreter.switch_on()
 if sys.argv[1:] == ["shim"]:
     interpreter.install()
 
-import torch  # noqa: E402
+import torch  # noqa: E402  (may import triton)
 import triton  # noqa: E402  (only now does it define interpreted functions)
-import triton.language as tl  # noqa: E402
-from torch import Tensor  # noqa: E402
+import triton.language as tl  # noqa: E402  (as triton)
+from torch import Tensor  # noqa: E402  (as torch)
 
 SIZE = 4096
 

@@ -7,7 +7,6 @@ numbers are held to the tolerance rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import oracle
@@ -83,7 +82,9 @@ def moved(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def close(actual: Tensor, want: Tensor, eager: Tensor, dtype: torch.dtype, name: str) -> None:
-    fallback: Callable[[], Tensor] = lambda: want.to(dtype)  # noqa: E731
+    def fallback() -> Tensor:
+        return want.to(dtype)
+
     assert_kernel_close(actual, want, eager, dtype, name=name, gradient=True, fallback=fallback)
 
 

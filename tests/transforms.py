@@ -112,14 +112,11 @@ class TransformContract(OperatorContract):
                 if not route.startswith("ops"):
                     continue
 
-                def each(images: dict[str, Tensor]) -> Tensor:
-                    one = {n: t[None] for n, t in images.items()}
-                    return call(**one, **shared, **case.options)[0]  # noqa: B023
-
+                mapped = vmapped(call, {**shared, **case.options})
                 want = call(**case.tensors, **case.options)
-                got = torch.func.vmap(each)(batched)
+                got = mapped(batched)
                 assert float((got - want).norm()) <= 1e-12 * float(want.norm()), route
-                grads = torch.func.grad(lambda images: torch.func.vmap(each)(images).sum())(batched)
+                grads = torch.func.grad(summed(mapped))(batched)
                 assert grads.keys() == batched.keys()
 
     @over("few", dtypes=("fp32", "fp64"))
@@ -209,6 +206,16 @@ KINDS_OF_GRAPH = {
     "post_expansion_grouped": 2,
     "q_k_x": 2,
 }
+
+
+def vmapped(call: Callable[..., Tensor], others: dict[str, Any]) -> Callable[..., Tensor]:
+    """The operator on maps of images by name, one at a time, with ``others`` for all of them."""
+    return torch.func.vmap(lambda one: call(**{n: t[None] for n, t in one.items()}, **others)[0])
+
+
+def summed(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The sum of what ``call`` gives, for its gradients."""
+    return lambda inputs: call(inputs).sum()
 
 
 def _any_size(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -64,7 +64,7 @@ def attend_with_natten(model: nn.Module) -> nn.Module:
 
     for block in blocks:
         # of this copy alone: the class keeps its own
-        block._attend = types.MethodType(attend, block)  # type: ignore[method-assign]
+        vars(block)["_attend"] = types.MethodType(attend, block)
     return model
 
 
