@@ -13,6 +13,7 @@ from emo_kernels import backends, ops, reference
 from emo_kernels.graphs import GraphedForward, check_capturable
 from emo_kernels.link import Link
 from emo_kernels.ops.registration import needs_gradient, runs_standard_operators
+from emo_kernels.sequence import accelerate_sequences
 from emo_kernels.spec import IRMBSpec, IRMBWeights
 from emo_kernels.stem import accelerate_stems
 from emo_kernels.structure import BlockReading, UnreadableError, looks_like_irmb
@@ -92,6 +93,7 @@ def accelerate(
     if found:
         accelerate_stems(model, backend)
         accelerate_tails(model, backend)
+        accelerate_sequences(model)
     if cuda_graphs:
         model.forward = GraphedForward(model)
     return model
@@ -187,11 +189,11 @@ class AcceleratedForward(SwappedForward[BlockReading]):
 
     def _bind(self, x: Tensor, weights: IRMBWeights, reading: BlockReading) -> None:
         """Keep the call that was just made for the next one."""
-        self._bound = None
+        self.bound = None
         backend = backends.resolve("irmb", self.backend, x, weights, reading.spec)
         if backends.has(backend, "irmb_bind"):
             bind = backends.function(backend, "irmb_bind")
-            self._bound = bind(x, weights, reading.spec, reading.conditions())
+            self.bound = bind(x, weights, reading.spec, reading.conditions())
 
 
 def unreadable(block: nn.Module) -> str | None:

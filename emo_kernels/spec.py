@@ -7,7 +7,7 @@ words.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -122,13 +122,33 @@ class Conditions(NamedTuple):
 
     Attributes:
         places: (dict, key) pairs that must hold the objects they hold, or go on lacking the key.
-        empty: dicts that must stay empty.
+        sized: dicts that must keep their number of entries.
         weights: (dict, key) of every tensor, which must stay where it lies in memory.
     """
 
     places: list[tuple[dict[Any, Any], Any]]
-    empty: list[dict[Any, Any]]
+    sized: list[dict[Any, Any]]
     weights: list[tuple[dict[Any, Any], Any]]
+
+
+class BoundCall(Protocol):
+    """A call checked once: it gives ``None`` and does nothing where its conditions do not hold."""
+
+    def __call__(self, x: Tensor, /) -> Tensor | None:
+        """The operator's result for another map."""
+
+    def followed_by(
+        self,
+        calls: tuple[BoundCall, ...],
+        places: list[tuple[dict[Any, Any], Any]],
+        sized: list[dict[Any, Any]],
+        /,
+    ) -> BoundCall | None:
+        """This call and then those, each on the result of the one before; ``None``: cannot be.
+
+        Args:
+            places, sized: further conditions.
+        """
 
 
 class BatchNormMode(NamedTuple):

@@ -111,10 +111,10 @@ class AcceleratedStem(SwappedForward[StemReading]):
             return own_forward(self.block, x)
         out = ops.conv_norm_act(x, *tensors, **reading.spec, backend=backend)
         if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            self._bound = None
+            self.bound = None
             if backends.has(backend, "conv_norm_act_bind"):
                 bind = backends.function(backend, "conv_norm_act_bind")
-                self._bound = bind(x, *tensors, conditions=reading.conditions(), **reading.spec)
+                self.bound = bind(x, *tensors, conditions=reading.conditions(), **reading.spec)
         return out
 
 

@@ -71,6 +71,7 @@ class Reading(Generic[Spec]):
     def __init__(self, block: nn.Module) -> None:
         self._places: list[tuple[dict[str, Any], str]] = []
         self._hooks: list[dict[int, Any]] = []
+        self._sized: list[dict[str, Any]] = []
         self._tensors: list[tuple[dict[str, Any], str] | None] = []
         self.batch_dependent: str | None = None
         self.dropout: str | None = None
@@ -95,7 +96,7 @@ class Reading(Generic[Spec]):
             if place is not None:
                 absent = place[0].get(place[1]) is None
                 (places if absent else weights).append(place)
-        return Conditions(places, [*self._hooks, *_GLOBAL_HOOKS], weights)
+        return Conditions(places, [*self._hooks, *_GLOBAL_HOOKS, *self._sized], weights)
 
     def _look(self) -> list[Any]:
         return [place.get(key, _ABSENT) for place, key in self._places]

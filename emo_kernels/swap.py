@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emo_kernels import backends
+from emo_kernels.spec import BoundCall
 from emo_kernels.structure import Reading, UnreadableError, has_global_hooks
 
 R = TypeVar("R", bound=Reading[Any])
@@ -39,6 +40,9 @@ class SwappedForward(Replacement, Generic[R]):
     """The forward of an accelerated module. Copied and pickled with it; holds no weights.
 
     A subclass says how to read the module and who computes a call that is not the last one again.
+
+    Attributes:
+        bound: the last call, to be made again.
     """
 
     read: type[R]
@@ -47,10 +51,10 @@ class SwappedForward(Replacement, Generic[R]):
         super().__init__(block)
         self.backend = backend
         self._reading: R | None = None
-        self._bound: Callable[[Tensor], Tensor | None] | None = None
+        self.bound: BoundCall | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reading": None, "_bound": None}
+        return {**self.__dict__, "_reading": None, "bound": None}
 
     def reading(self) -> R:
         """What the module is now."""
@@ -61,8 +65,8 @@ class SwappedForward(Replacement, Generic[R]):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The fused operator where it computes this call, else the module's own forward."""
-        if not torch.compiler.is_compiling() and self._bound is not None and not (args or kwargs):
-            out = self._bound(x)
+        if not torch.compiler.is_compiling() and self.bound is not None and not (args or kwargs):
+            out = self.bound(x)
             if out is not None:
                 return out
         if args or kwargs or not isinstance(x, Tensor) or has_global_hooks():

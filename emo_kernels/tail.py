@@ -6,7 +6,7 @@ Recognised by structure: a model that has its blocks behind a method ``trunk``, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from emo_kernels import backends, ops, reference
 from emo_kernels.ops.registration import runs_standard_operators
+from emo_kernels.spec import BoundCall
 from emo_kernels.structure import OperatorReading, UnreadableError
 from emo_kernels.swap import (
     SwappedForward,
@@ -66,7 +67,7 @@ class AcceleratedTail(SwappedForward[TailReading]):
 
     def __init__(self, block: nn.Module, backend: str | None) -> None:
         super().__init__(block, backend)
-        self._bound_tail: Callable[[Tensor], Tensor | None] | None = None  # of the trunk's map
+        self._bound_tail: BoundCall | None = None  # of the trunk's map
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_bound_tail": None}

@@ -61,6 +61,27 @@ class Watch:
     ) -> None: ...
     def holds(self) -> bool: ...
 
+class BoundCall:
+    """A kernel's call made again for another map."""
+
+    def __call__(self, x: Tensor, /) -> Tensor | None:
+        """The result; ``None``, and nothing is done, where something is not as it was."""
+
+    def followed_by(
+        self,
+        calls: tuple[Any, ...],
+        places: list[tuple[dict[Any, Any], Any]],
+        sized: list[dict[Any, Any]],
+        /,
+    ) -> BoundCall | None:
+        """This call and then ``calls``, each on the result of the one before, as one call.
+
+        ``None`` where one of them is no ``BoundCall`` or does not take that result as it lies.
+
+        Args:
+            places, sized: on which it depends besides, as of :func:`bind_call`.
+        """
+
 def bind_call(
     kernel: Prepared,
     api: object,
@@ -70,12 +91,12 @@ def bind_call(
     shape: Sequence[int],
     strides: Sequence[int],
     places: list[tuple[dict[Any, Any], Any]],
-    empty: list[dict[Any, Any]],
+    sized: list[dict[Any, Any]],
     weights: list[tuple[dict[Any, Any], Any]],
     flags: list[tuple[Callable[..., Any], Any, Any]],
     tools: tuple[Callable[..., Any], ...],
-) -> Callable[[Tensor], Tensor | None]:
-    """The call made again for another map, or ``None`` where something is not as it was.
+) -> BoundCall:
+    """A call checked once, to be made again.
 
     Args:
         kernel: runs on maps of x's shape and dtype with ``map_strides``, on the weights' memory.
@@ -85,7 +106,7 @@ def bind_call(
         layout: brings other maps into these strides; ``None``: they are another call's.
         shape, strides: of the result, which is dense and has x's dtype.
         places: (dict, key): each must hold the same object, or lack the key, as now.
-        empty: dicts that must be empty.
+        sized: dicts that must keep their number of entries.
         weights: (dict, key): each must hold the same tensor in the same memory.
         flags: (function, argument or ``None``, singleton that it must return).
         tools: ``Tensor.is_neg``, ``torch.get_num_threads``, ``Tensor.contiguous``.

@@ -30,4 +30,18 @@ class MapMemory {
 
 MapMemory& map_memory();
 
+// A map of ours for as long as this lives.
+class HeldMap {
+ public:
+  explicit HeldMap(int64_t bytes) : bytes_(bytes), data_(map_memory().take(bytes)) {}
+  ~HeldMap() { map_memory().give(data_, bytes_); }
+  HeldMap(const HeldMap&) = delete;
+  HeldMap& operator=(const HeldMap&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  int64_t bytes_;
+  void* data_;
+};
+
 }  // namespace emo_kernels::python

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -33,9 +34,10 @@ class Tape {
        const std::vector<std::pair<Launch, std::vector<Place>>>& launches)
       : api_object_(std::move(api)), api_(*exchange_api(api_object_)), outputs_(outputs) {
     for (const py::handle tensor : inputs) {
-      inputs_.push_back(tensor.is_none() ? nullptr : described(tensor));
+      inputs_.emplace_back();
+      if (!tensor.is_none()) inputs_.back() = memory_of(api_, tensor.ptr());
     }
-    for (const py::handle tensor : results) results_.push_back(*described(tensor));
+    for (const py::handle tensor : results) results_.push_back(memory_of(api_, tensor.ptr()));
     for (const int64_t bytes : between) between_.push_back({bytes, launches.size(), 0});
     for (const auto& [launch, places] : launches) add(launch, places);
   }
@@ -47,8 +49,7 @@ class Tape {
     std::vector<Result> results;
     for (size_t i = 0; i < results_.size(); ++i) {
       const TensorMemory& m = results_[i];
-      results.emplace_back(new_result(static_cast<int32_t>(m.shape.size()), m.shape.data(),
-                                      m.strides.data(), m.dtype));
+      results.emplace_back(new_result(m.dims, m.shape, m.strides, m.dtype));
       slots[inputs_.size() + i] = static_cast<char*>(results.back()->tensor.data);
     }
     {
@@ -72,22 +73,6 @@ class Tape {
     Launch launch;
     std::vector<Place> places;
   };
-  // Of a map between, for as long as it is held.
-  struct Held {
-    void* data = nullptr;
-    int64_t bytes = 0;
-    ~Held() { release(); }
-    void release() {
-      if (data != nullptr) map_memory().give(data, bytes);
-      data = nullptr;
-    }
-  };
-
-  std::unique_ptr<TensorMemory> described(const py::handle& tensor) const {
-    auto found = std::make_unique<TensorMemory>(memory_of(api_, tensor.ptr()));
-    if (found->shape.size() > 4) throw std::invalid_argument("tape: more than four dimensions");
-    return found;
-  }
 
   void add(const Launch& launch, const std::vector<Place>& places) {
     const auto slots = static_cast<int64_t>(inputs_.size() + results_.size() + between_.size());
@@ -111,7 +96,7 @@ class Tape {
     if (inputs.size() != inputs_.size()) return false;
     for (size_t i = 0; i < inputs_.size(); ++i) {
       PyObject* const tensor = PyTuple_GET_ITEM(inputs.ptr(), static_cast<Py_ssize_t>(i));
-      if ((tensor == Py_None) != (inputs_[i] == nullptr)) return false;
+      if ((tensor == Py_None) == inputs_[i].has_value()) return false;
       if (tensor == Py_None) continue;
       dlpack::Tensor found;
       if (api_.look_at(tensor, &found) != 0) {
@@ -125,14 +110,13 @@ class Tape {
   }
 
   void launch_all(std::vector<char*>& slots, int threads) const {
-    std::vector<Held> held(between_.size());
+    std::vector<std::optional<HeldMap>> held(between_.size());
     std::vector<void*> addresses;
     for (size_t at = 0; at < steps_.size(); ++at) {
       for (size_t i = 0; i < between_.size(); ++i) {
         if (between_[i].first != at) continue;
-        held[i].bytes = between_[i].bytes;
-        held[i].data = map_memory().take(held[i].bytes);
-        slots[inputs_.size() + results_.size() + i] = static_cast<char*>(held[i].data);
+        held[i].emplace(between_[i].bytes);
+        slots[inputs_.size() + results_.size() + i] = static_cast<char*>(held[i]->data());
       }
       addresses.clear();
       for (const auto& [slot, offset] : steps_[at].places) {
@@ -140,7 +124,7 @@ class Tape {
       }
       steps_[at].launch.run(addresses.data(), threads);
       for (size_t i = 0; i < between_.size(); ++i) {
-        if (between_[i].last == at) held[i].release();
+        if (between_[i].last == at) held[i].reset();
       }
     }
   }
@@ -163,7 +147,7 @@ class Tape {
 
   py::object api_object_;
   const dlpack::ExchangeApi& api_;
-  std::vector<std::unique_ptr<TensorMemory>> inputs_;  // null: no tensor
+  std::vector<std::optional<TensorMemory>> inputs_;  // none: no tensor
   std::vector<TensorMemory> results_;
   std::vector<Between> between_;
   std::vector<int64_t> outputs_;  // of them results; -1: None

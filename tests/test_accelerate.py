@@ -221,9 +221,9 @@ def test_a_bound_call_is_made_again_only_for_the_same_call(twins, x, cpu_kernels
     block = fast.stages[1]
     for image in (x, x, x[:, :, :25], x.double().float()[:1], x):
         assert_same(plain, fast, image)
-    held = block.forward._bound
+    held = block.forward.bound
     assert_same(plain, fast, x)
-    assert block.forward._bound is held is not None
+    assert block.forward.bound is held is not None
     with torch.no_grad(), ek.use_backend("reference"), torch.profiler.profile() as profile:
         fast(x)
     assert not any("emo_kernels" in event.key for event in profile.key_averages())

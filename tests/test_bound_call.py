@@ -32,8 +32,8 @@ def x():
 def bind(block, x):
     with torch.no_grad():
         block(x)
-    assert block.forward._bound is not None
-    return block.forward._bound
+    assert block.forward.bound is not None
+    return block.forward.bound
 
 
 def own(block, x):
@@ -58,7 +58,7 @@ def test_it_runs_where_nothing_changed(block, x):
         out = call(x)
         assert out.is_inference() and out.is_contiguous(memory_format=torch.channels_last)
         assert type(out) is torch.Tensor and not out.requires_grad
-    assert block.forward._bound is call
+    assert block.forward.bound is call
 
 
 class _Seen(TorchDispatchMode):
@@ -195,7 +195,7 @@ def test_weights_that_are_no_plain_dense_tensors_are_not_bound(block, x):
     block.qk.conv.weight.data = block.qk.conv.weight.data.transpose(0, 1)
     with torch.no_grad():
         torch.testing.assert_close(block(x), own(block, x), rtol=1e-4, atol=1e-5)
-    assert block.forward._bound is None
+    assert block.forward.bound is None
 
 
 def test_results_are_fresh_while_they_live(block):
@@ -269,7 +269,7 @@ def test_without_the_interface_the_operator_runs_every_call(block, x, monkeypatc
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(block(x), own(block, x), rtol=1e-4, atol=1e-5)
-    assert block.forward._bound is None
+    assert block.forward.bound is None
 
 
 def test_calls_leak_nothing(block, x):

@@ -81,13 +81,13 @@ def test_it_runs_on_the_kernel_with_the_same_numbers(twins, x):
     calls = [event.key for event in profile.key_averages()]
     assert "emo_kernels::conv_norm_act" in calls and "aten::convolution" not in calls
     assert_same(plain, fast, x)
-    assert fast[0].forward._bound is not None
+    assert fast[0].forward.bound is not None
 
 
 def test_a_channels_last_weight_is_read_where_it_lies(twins, x):
     plain, fast = (model.to(memory_format=torch.channels_last) for model in twins)
     assert_same(plain, fast, x)
-    assert fast[0].forward._bound is not None
+    assert fast[0].forward.bound is not None
     with torch.no_grad():
         change_data(plain[0])
         change_data(fast[0])
@@ -204,4 +204,4 @@ def test_models(name, dtype):
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(fast(x), model(x), rtol=1e-3, atol=1e-4)
-        assert fast.stage0[0].forward._bound is not None
+        assert fast.stage0[0].forward.bound is not None

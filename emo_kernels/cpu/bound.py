@@ -11,9 +11,8 @@ from torch.autograd import forward_ad
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
-from emo_kernels.spec import Conditions
+from emo_kernels.spec import BoundCall, Conditions
 
-BoundCall = Callable[[Tensor], Tensor | None]
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 # Who else wants to see the call, or records it, asks for the operator: (function, argument, the
@@ -84,7 +83,7 @@ def bind(
         shape=out_shape,
         strides=layout.strides(*out_shape[1:]) if len(out_shape) == 4 else (out_shape[1], 1),
         places=[*conditions.places, (forward_ad.__dict__, "_current_level")],
-        empty=conditions.empty,
+        sized=conditions.sized,
         weights=conditions.weights,
         flags=flags,
         tools=(Tensor.is_neg, torch.get_num_threads, Tensor.contiguous),

@@ -11,9 +11,9 @@ from torch import Tensor
 from emo_kernels import _C
 from emo_kernels.cpu import layout
 from emo_kernels.cpu.batch_norm import batch_norm_activate_sums, batch_norm_backward_finalize
-from emo_kernels.cpu.bound import BoundCall, bind
+from emo_kernels.cpu.bound import bind
 from emo_kernels.cpu.launches import launch
-from emo_kernels.spec import Conditions, conv_output_size
+from emo_kernels.spec import BoundCall, Conditions, conv_output_size
 
 _MOST_TAPS = 64  # kMostTaps of csrc/emo_kernels.h
 _MOST_INPUTS = 16  # beyond, a GEMM over packed pixels is the better kernel

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
-from emo_kernels.cpu.bound import BoundCall, bind
-from emo_kernels.spec import Conditions, IRMBSpec, IRMBWeights, conv_output_size
+from emo_kernels.cpu.bound import bind
+from emo_kernels.spec import BoundCall, Conditions, IRMBSpec, IRMBWeights, conv_output_size
 
 _NORMS = {"none": 0, "batch": 1, "layer": 2}
 _MAX_TAPS = 64  # kMaxTaps of csrc/cpu/irmb_plan.h

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from emo_kernels import _C
 from emo_kernels.cpu import layout
-from emo_kernels.cpu.bound import BoundCall, bind
-from emo_kernels.spec import Conditions
+from emo_kernels.cpu.bound import bind
+from emo_kernels.spec import BoundCall, Conditions
 
 
 def norm_pool_linear_unsupported(x: Tensor, *_: Any, **__: Any) -> str | None:

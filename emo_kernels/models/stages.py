@@ -60,18 +60,21 @@ class EMOStages(nn.Module):
             stage = [
                 _block(config, i, j, next(rates), output_stride) for j in range(config.depths[i])
             ]
-            setattr(self, f"stage{i + 1}", nn.ModuleList(stage))
+            setattr(self, f"stage{i + 1}", nn.Sequential(*stage))
 
     @property
-    def stages(self) -> list[nn.ModuleList]:
+    def stages(self) -> list[nn.Sequential]:
         """The five stages in order."""
         return [getattr(self, f"stage{i}") for i in range(5)]
 
     def run_stage(self, index: int, x: Tensor) -> Tensor:
         """One stage's blocks in order."""
-        checkpoints = self.grad_checkpointing and self.training and torch.is_grad_enabled()
-        for block in self.stages[index]:
-            x = _checkpointed(block, x) if checkpoints else block(x)
+        stage: nn.Sequential = getattr(self, f"stage{index}")
+        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
+            out: Tensor = stage(x)
+            return out
+        for block in stage:
+            x = _checkpointed(block, x)
         return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -85,7 +88,7 @@ def drop_path_rates(config: EMOConfig) -> Iterator[float]:
     return (config.drop_path_rate * i / max(total - 1, 1) for i in range(total))
 
 
-def _stem(config: EMOConfig, in_chans: int) -> nn.ModuleList:
+def _stem(config: EMOConfig, in_chans: int) -> nn.Sequential:
     """stage0: a convolution, then DWConv, BN, SiLU, squeeze-excite (EMO) and a projection."""
     second = config.stem == "emo2"
     dim = config.stem_dim
@@ -99,7 +102,7 @@ def _stem(config: EMOConfig, in_chans: int) -> nn.ModuleList:
         se_ratio=0.0 if second else 1.0,
         attn_s=False,
     )
-    return nn.ModuleList([PatchEmbedding(in_chans, dim, "silu" if second else "none"), block])
+    return nn.Sequential(PatchEmbedding(in_chans, dim, "silu" if second else "none"), block)
 
 
 def _block(config: EMOConfig, i: int, j: int, drop_path: float, output_stride: int) -> nn.Module:
