@@ -250,6 +250,45 @@ EMO_INLINE Blocked<E> across(const Blocked<E>& map, int64_t rows, const Blocked<
 
 // ---- products ---------------------------------------------------------------------------------
 
+// Pixels of some maps, one panel of each, to bring into the L2 cache while products are computed: a
+// pixel every four terms. Of many requests at once the processor drops all but two dozen.
+class PixelsAhead {
+ public:
+  // The pixels of maps of `channels` in S, their first panel at a multiple of P from the start.
+  template <class S>
+  static PixelsAhead of(int64_t channels) {
+    constexpr int64_t kBytes = kPanel<SumOf<S>> * static_cast<int64_t>(sizeof(S));
+    PixelsAhead ahead;
+    ahead.stride_ = channels * static_cast<int64_t>(sizeof(S));
+    ahead.lines_ = ceil_div(kBytes, 64) + (ahead.stride_ % 64 == 0 ? 0 : 1);
+    return ahead;
+  }
+  // `count` pixels from `at` on, which null: of no map.
+  void add(const void* at, int64_t count) {
+    if (at != nullptr && count > 0) runs_[used_++] = {static_cast<const char*>(at), count};
+  }
+  EMO_INLINE void fetch() {
+    if (current_ == used_) return;
+    Run& run = runs_[current_];
+    for (int64_t i = 0; i < lines_; ++i) __builtin_prefetch(run.at + 64 * i, 0, 2);
+    run.at += stride_;
+    if (--run.count == 0) ++current_;
+  }
+  void fetch_rest() {
+    while (current_ < used_) fetch();
+  }
+
+ private:
+  struct Run {
+    const char* at;
+    int64_t count;
+  };
+  static constexpr int kMostMaps = 5;
+  Run runs_[kMostMaps];
+  int used_ = 0, current_ = 0;
+  int64_t stride_ = 0, lines_ = 0;
+};
+
 // C (+)= A B (+ bias) for one panel of columns.
 //   straight    A is rows of a blocked map: element (i, k) at a[k / P * stride + i * P + k % P]
 //   transposed  A is columns of one panel: element (i, k) at a[k * P + i]; i + lane < kPanel
@@ -265,6 +304,7 @@ struct Product {
   int64_t rows;
   const T* bias;  // (P,), null: none
   bool add;
+  PixelsAhead* ahead = nullptr;
 };
 
 template <class E, int kRows, class Shape, bool kTransposed>
@@ -291,10 +331,11 @@ EMO_INLINE void product_step(Accumulators<E, kRows, Shape>& acc, const E* a, con
 // Adds the products of `depth` terms.
 template <class E, int kRows, class Shape, bool kTransposed>
 EMO_INLINE void product_run(Accumulators<E, kRows, Shape>& acc, const E* a, const E* b,
-                            int64_t depth) {
+                            int64_t depth, PixelsAhead* ahead) {
   constexpr int kT = kTerms<E>;
   constexpr int64_t P = kPanel<SumOf<E>>, kStep = kTransposed ? P : 1;
   for (; depth >= 4 * kT; depth -= 4 * kT, a += 4 * kT * kStep, b += 4 * kT * P) {
+    if (ahead) ahead->fetch();
     unroll<4>(EMO_UNROLLED(u) {
       product_step<E, kRows, Shape, kTransposed>(acc, a + u * kT * kStep, b + u * kT * P);
     });
@@ -317,16 +358,16 @@ void product_tile(const Product<E>& t, const E* a, SumOf<E>* c, int64_t valid) {
     constexpr int64_t kChunkNow = kPixelChunk<Shape>;
     int64_t left = t.K;
     for (; left > kChunkNow; left -= kChunkNow, a += kChunkNow * P, b += kChunkNow * P) {
-      product_run<E, kRows, Shape, true>(acc, a, b, kChunkNow);
+      product_run<E, kRows, Shape, true>(acc, a, b, kChunkNow, t.ahead);
       if (left < t.K) acc.add_sums(sums);
       acc.save_sums(sums);
       acc.clear();
     }
-    product_run<E, kRows, Shape, true>(acc, a, b, left);
+    product_run<E, kRows, Shape, true>(acc, a, b, left, t.ahead);
     if (t.K > kChunkNow) acc.add_sums(sums);
   } else {
     for (int64_t left = t.K; left > 0; left -= P, a += t.a_stride, b += P * P) {
-      product_run<E, kRows, Shape, false>(acc, a, b, min<int64_t>(left, P));
+      product_run<E, kRows, Shape, false>(acc, a, b, min<int64_t>(left, P), t.ahead);
     }
   }
   acc.each([&](auto& v, auto i, auto channel) __attribute__((always_inline)) {
@@ -389,22 +430,23 @@ void product(Product<E> t, int64_t width) {
 // c (+)= A B over all columns of B, A being `rows` rows and K columns of a blocked map.
 template <class E>
 void multiply_all(const E* a, int64_t a_stride, int64_t K, int64_t rows, const Blocked<E>& b,
-                  int64_t b_row, const Blocked<SumOf<E>>& c, bool add) {
+                  int64_t b_row, const Blocked<SumOf<E>>& c, bool add,
+                  PixelsAhead* ahead = nullptr) {
   for (int64_t p = 0; p < c.panels(); ++p) {
-    product<E, false>(
-        {a, a_stride, b.panel(p) + b_row * kPanel<SumOf<E>>, K, c.panel(p), rows, nullptr, add},
-        c.width(p));
+    product<E, false>({a, a_stride, b.panel(p) + b_row * kPanel<SumOf<E>>, K, c.panel(p), rows,
+                       nullptr, add, ahead},
+                      c.width(p));
   }
 }
 
 // c[row..] += A^T B over all columns of B: A one panel of `pixels` rows, `channels` of it used.
 template <class E>
 void multiply_transposed(const E* a, int64_t pixels, int64_t channels, const Blocked<E>& b,
-                         const Blocked<SumOf<E>>& c, int64_t c_row) {
+                         const Blocked<SumOf<E>>& c, int64_t c_row, PixelsAhead* ahead = nullptr) {
   for (int64_t p = 0; p < c.panels(); ++p) {
-    product<E, true>(
-        {a, 0, b.panel(p), pixels, c.panel(p) + c_row * kPanel<SumOf<E>>, channels, nullptr, true},
-        c.width(p));
+    product<E, true>({a, 0, b.panel(p), pixels, c.panel(p) + c_row * kPanel<SumOf<E>>, channels,
+                      nullptr, true, ahead},
+                     c.width(p));
   }
 }
 

@@ -116,19 +116,18 @@ class Gradient {
         fill_dy_row<T, S>(c_, l_.dy, q, q * l_.Wo, l_.Wo, p, 1);
       }
       if (x_.slope == nullptr) l_.expand.activation(x_, p, pixels);
-      const bool same = p + 1 < l_.expand.panels;
-      const Rows next = same ? now : behind;
-      const int64_t dys = next.last - next.first, next_p = same ? p + 1 : 0;
       for (int64_t r = begin, summed = 0; r < end; ++r) {
-        prefetch_dy(next.first + dys * (r - begin) / (end - begin),
-                    next.first + dys * (r + 1 - begin) / (end - begin), next_p);
-        row(r, (r - begin) * c_.W, p, next_panel<T>(p, c_.C, pixels));
+        row(r, (r - begin) * c_.W, p);
         if (c_.dweight && (++summed == kRowsInOneGo || r + 1 == end)) {
           flush_taps(l_.partial, l_.taps, l_.totals + p * P, l_.expand.panels * P);
           summed = 0;
         }
       }
-      l_.expand.multiply(x_, p, pixels, n);
+      const bool same = p + 1 < l_.expand.panels;
+      PixelsAhead ahead = same ? wanted(now, first, pixels, p + 1)
+                               : wanted(behind, first + pixels, (last - end) * c_.W, 0);
+      l_.expand.multiply(x_, p, pixels, n, &ahead);
+      ahead.fetch_rest();
     }
     l_.expand.template finish<S>(x_, first, pixels);
   }
@@ -137,22 +136,28 @@ class Gradient {
   static constexpr int64_t P = kPanel<T>;
   using V = Vec<T, kLanesOf<T>>;
 
-  // What the next panel brings in, while this one is worked on.
-  void prefetch_dy(int64_t first, int64_t last, int64_t p) const {
-    for (int64_t q = first; q < last; ++q) {
-      const int64_t at = q * l_.Wo * c_.C;
-      prefetch_row<T>(static_cast<const S*>(c_.grad) + at, l_.Wo, c_.C, p);
-      if (c_.coefficients) prefetch_row<T>(static_cast<const S*>(c_.y) + at, l_.Wo, c_.C, p);
-    }
+  // What panel p of some rows of dy, and of the pixels that they meet, brings in.
+  PixelsAhead wanted(Rows dy, int64_t first, int64_t pixels, int64_t p) const {
+    const auto at = [&](const void* map, int64_t pixel) {
+      return map ? static_cast<const S*>(map) + pixel * c_.C + p * P : nullptr;
+    };
+    PixelsAhead ahead = PixelsAhead::of<S>(c_.C);
+    const int64_t dys = (dy.last - dy.first) * l_.Wo;
+    ahead.add(at(c_.grad, dy.first * l_.Wo), dys);
+    if (c_.coefficients) ahead.add(at(c_.y, dy.first * l_.Wo), dys);
+    ahead.add(at(c_.local_grad, first), pixels);
+    ahead.add(at(x_.slope, first), pixels);
+    if (x_.slope) ahead.add(at(c_.x, first), pixels);
+    return ahead;
   }
 
   // Row r of all images, its first pixel the band's `pixel`: da and its sums, and the share in dw.
-  void row(int64_t r, int64_t pixel, int64_t p, int64_t next) {
+  void row(int64_t r, int64_t pixel, int64_t p) {
     const int64_t y = r % c_.H, above = r / c_.H * l_.Ho, channels = min<int64_t>(P, c_.C - p * P);
     const InputRow<T, T> to{
         l_.weights + p * l_.taps * P, l_.zeros, channels, l_.Ho, l_.de, P, nullptr};
     dx_row<T, T>(c_, y, to, [&](int64_t q) { return l_.dy.first(0, above + q); });
-    const Pixels at{r * c_.W * c_.C + p * P, next, pixel * P, channels, l_.expand.dbias + p * P};
+    const Pixels at{r * c_.W * c_.C + p * P, pixel * P, channels, l_.expand.dbias + p * P};
     differentiate(at);
     if (c_.dweight == nullptr) return;
     WeightRow<T> share{nullptr, l_.e, l_.Wo, channels, c_.K, c_.stride, c_.dilation, nullptr};
@@ -166,9 +171,9 @@ class Gradient {
     }
   }
 
-  // One panel of a row: where it lies in maps and, from there, in the next panel; in tiles.
+  // One panel of a row: where it lies in maps, and in tiles.
   struct Pixels {
-    int64_t map, next, tile, channels;
+    int64_t map, tile, channels;
     double* dbias;
   };
 
@@ -179,8 +184,6 @@ class Gradient {
       differentiate(at, [&](int64_t i, int64_t lane, int64_t count, V& value, V& derivative)
                             __attribute__((always_inline)) {
                               const int64_t place = i * c_.C + lane;
-                              fetch(e + place + at.next);
-                              fetch(slope + place + at.next);
                               value = load_as<V>(e + place, count);
                               derivative = load_as<V>(slope + place, count);
                             });
@@ -209,7 +212,6 @@ class Gradient {
                       V value, slope, v = load<V>(l_.de + i * P + lane);
                       activated(i, lane, count, value, slope);
                       if (added) {
-                        fetch(added + i * c_.C + lane + at.next);
                         v += load_as<V>(added + i * c_.C + lane, count);
                       }
                       v *= slope;

@@ -77,14 +77,14 @@ struct ExpandGradient {
                       width);
   }
 
-  // What da of panel p adds to dn and dW.
-  void multiply(const ExpandBackwardCall& c, int64_t p, int64_t rows,
-                const Blocked<E>& n_across) const {
+  // What da of panel p adds to dn and dW; `ahead` is fetched meanwhile.
+  void multiply(const ExpandBackwardCall& c, int64_t p, int64_t rows, const Blocked<E>& n_across,
+                PixelsAhead* ahead = nullptr) const {
     const int64_t channels = min<int64_t>(P, c.M - p * P);
-    if (c.dx || c.sums) multiply_all(da, 0, channels, rows, backward, p * P, dn, p > 0);
+    if (c.dx || c.sums) multiply_all(da, 0, channels, rows, backward, p * P, dn, p > 0, ahead);
     if (c.dweight == nullptr) return;
     multiply_transposed(across<E>(da, rows, channels, da_pairs), rows, channels, n_across, dweight,
-                        p * P);
+                        p * P, ahead);
   }
 
   // From dn the norm's own gradient, and its sums.
