@@ -336,7 +336,7 @@ py::object followed_by(const BoundCall& first, const py::tuple& calls, const py:
     if (call->held == nullptr) return py::none();
     held.append(py::handle(call->held));
     kernels.push_back(other.kernel);
-    if (call == &first) continue;
+    if (kernels.size() == 1) continue;
     if (!same_map(s.result, other.map)) return py::none();
     int64_t& most = most_bytes[kernels.size() % 2];
     most = std::max(most, s.result.bytes());

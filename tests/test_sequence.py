@@ -98,6 +98,19 @@ def test_maps_between_do_not_overlap(x, calls, count, threads, monkeypatch):
     assert repeats(sequence, x, calls)
 
 
+def test_a_module_that_comes_twice(x, calls):
+    if bound._INTERFACE is None:
+        pytest.skip("this torch has no DLPack exchange interface")
+    block, wider = (ek.nn.iRMB(8, o, has_skip=False, attn_s=False) for o in (8, 16))
+    same = ek.accelerate(nn.Sequential(block, block, block, wider).eval())
+    repeats(same, x, calls)
+    assert repeats(same, x, calls)
+    halving = ek.nn.iRMB(8, 8, stride=2, has_skip=False, attn_s=False)
+    smaller = ek.accelerate(nn.Sequential(halving, halving).eval())  # calls of two kinds
+    for _ in range(2):
+        assert not repeats(smaller, x, calls)
+
+
 CHANGES = {
     "parameter": lambda s: setattr(s[1].v.conv, "weight", nn.Parameter(s[1].v.conv.weight * 2)),
     "data": lambda s: setattr(s[2].proj.conv.weight, "data", s[2].proj.conv.weight.data * 2),
