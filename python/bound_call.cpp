@@ -11,10 +11,10 @@
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "conditions.h"
 #include "dlpack.h"
 #include "map_memory.h"
 #include "new_map.h"
@@ -25,44 +25,11 @@ namespace py = pybind11;
 namespace emo_kernels::python {
 namespace {
 
-// Borrowed pointers: State::held keeps the objects alive.
-struct Place {
-  PyObject *dict, *key, *expected;  // expected: null where the dict must lack the key
-
-  bool holds() const { return PyDict_GetItemWithError(dict, key) == expected; }
-};
-
-struct Length {
-  PyObject* dict;
-  Py_ssize_t expected;
-
-  bool holds() const { return PyDict_GET_SIZE(dict) == expected; }
-};
-
-struct Flag {
-  PyObject *function, *argument, *expected;  // argument: null for none
-
-  bool holds() const {
-    PyObject* const found =
-        PyObject_Vectorcall(function, &argument, argument == nullptr ? 0 : 1, nullptr);
-    Py_XDECREF(found);
-    return found == expected;  // a singleton: alive without our reference
-  }
-};
-
-struct Weight {
-  Place place;
-  TensorMemory memory;
-  const char* shape;  // where torch keeps it, beside all else that is looked at
-};
-
+// Borrowed pointers: BoundCall::held keeps the objects alive.
 struct State {
   const dlpack::ExchangeApi* api;
   PyTypeObject* tensor_type;
-  std::vector<Place> places;
-  std::vector<Length> lengths;
-  std::vector<Flag> flags;
-  std::vector<Weight> weights;
+  Conditions conditions;
   PyObject *is_negative, *num_threads, *to_layout, *layout_names, *layout;
   TensorMemory map, result;
   Prepared kernel;
@@ -74,56 +41,9 @@ struct BoundCall {
   State* state;
 };
 
-// Whether the tensor is where it was; an error, as for a tensor without memory, is a no.
-bool look_at(const State& s, PyObject* tensor, dlpack::Tensor* found) {
-  if (s.api->look_at(tensor, found) == 0) return true;
-  PyErr_Clear();
-  return false;
-}
-
-// The objects of a model are cold when they are looked at, in a thousand places: 0.2 us each, a
-// fifth of it where they were asked for some steps before. One by one: of many requests at once the
-// processor drops all but the first.
-constexpr size_t kAhead = 4;
-
-void fetch(const void* at, int lines) {
-  for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(at) + 64 * i);
-}
-
-void fetch_keys(PyObject* dict) { fetch(reinterpret_cast<PyDictObject*>(dict)->ma_keys, 4); }
-
-void fetch(const Weight& weight) {
-  fetch(weight.place.dict, 1);
-  fetch(weight.place.expected, 2);
-  fetch(weight.shape - 128, 4);
-}
-
-bool conditions_hold(const State& s) {
-  for (const Length& length : s.lengths) {
-    if (!length.holds()) return false;
-  }
-  for (size_t i = 0; i < s.places.size(); ++i) {
-    if (i + 2 * kAhead < s.places.size()) fetch(s.places[i + 2 * kAhead].dict, 1);
-    if (i + kAhead < s.places.size()) fetch_keys(s.places[i + kAhead].dict);
-    if (!s.places[i].holds()) return false;
-  }
-  for (size_t i = 0; i < s.weights.size(); ++i) {
-    if (i + kAhead < s.weights.size()) fetch(s.weights[i + kAhead]);
-    if (i + kAhead / 2 < s.weights.size()) fetch_keys(s.weights[i + kAhead / 2].place.dict);
-    const Weight& weight = s.weights[i];
-    dlpack::Tensor found;
-    if (!weight.place.holds() || !look_at(s, weight.place.expected, &found)) return false;
-    if (found.data != weight.memory.data || !same_layout(found, weight.memory, true)) return false;
-  }
-  for (const Flag& flag : s.flags) {
-    if (!flag.holds()) return false;
-  }
-  return true;
-}
-
 // The map as the kernel reads it, a new reference; null where the call is another one.
 PyObject* readable_map(const State& s, PyObject* x, dlpack::Tensor* found) {
-  if (Py_TYPE(x) != s.tensor_type || !look_at(s, x, found)) return nullptr;
+  if (Py_TYPE(x) != s.tensor_type || !look_at(*s.api, x, found)) return nullptr;
   if (found->dims != s.map.dims) return nullptr;
   const Flag negative{s.is_negative, x, Py_False};
   if (!negative.holds()) return nullptr;
@@ -134,7 +54,7 @@ PyObject* readable_map(const State& s, PyObject* x, dlpack::Tensor* found) {
   if (s.layout == Py_None) return nullptr;
   PyObject* const arguments[] = {x, s.layout};
   PyObject* const dense = PyObject_Vectorcall(s.to_layout, arguments, 1, s.layout_names);
-  if (dense != nullptr && look_at(s, dense, found) && same_layout(*found, s.map, false)) {
+  if (dense != nullptr && look_at(*s.api, dense, found) && same_layout(*found, s.map, false)) {
     return dense;
   }
   Py_XDECREF(dense);
@@ -177,7 +97,7 @@ PyObject* call_bound(PyObject* self, PyObject* const* args, size_t nargsf, PyObj
   }
   const State& s = *bound->state;
   dlpack::Tensor map;
-  PyObject* const x = conditions_hold(s) ? readable_map(s, args[0], &map) : nullptr;
+  PyObject* const x = s.conditions.hold(*s.api) ? readable_map(s, args[0], &map) : nullptr;
   if (x == nullptr) {
     PyErr_Clear();
     Py_RETURN_NONE;
@@ -210,22 +130,7 @@ void dealloc(PyObject* self) {
   Py_DECREF(type);
 }
 
-Place place_of(const py::handle& pair) {
-  const auto dict = pair.cast<py::tuple>()[0], key = pair.cast<py::tuple>()[1];
-  if (!PyDict_Check(dict.ptr())) throw std::invalid_argument("bind_call: a place is in no dict");
-  Place place{dict.ptr(), key.ptr(), nullptr};
-  place.expected = PyDict_GetItemWithError(place.dict, place.key);
-  return place;
-}
-
 PyTypeObject* g_type = nullptr;
-
-void add_lengths(State& s, const py::list& dicts) {
-  for (const py::handle dict : dicts) {
-    if (!PyDict_Check(dict.ptr())) throw std::invalid_argument("bind_call: sized is no dict");
-    s.lengths.push_back({dict.ptr(), PyDict_GET_SIZE(dict.ptr())});
-  }
-}
 
 py::object new_bound_call(State s, const py::tuple& held) {
   auto* const bound = PyObject_GC_New(BoundCall, g_type);
@@ -258,26 +163,10 @@ py::object bind_call(const Prepared& kernel, const py::object& api, const py::ob
   std::copy(shape.begin(), shape.end(), s.result.shape);
   std::copy(strides.begin(), strides.end(), s.result.strides);
   const py::tuple names = py::make_tuple("memory_format");
-  py::list values;  // what the places hold, and the weights
-  for (const py::handle pair : places) s.places.push_back(place_of(pair));
-  add_lengths(s, sized);
-  for (const py::handle pair : weights) {
-    const Place place = place_of(pair);
-    if (place.expected == nullptr) throw std::invalid_argument("bind_call: a weight is missing");
-    dlpack::Tensor found;
-    const TensorMemory memory = memory_of(*s.api, place.expected);
-    s.api->look_at(place.expected, &found);
-    s.weights.push_back({place, memory, reinterpret_cast<const char*>(found.shape)});
-    values.append(py::handle(place.expected));
-  }
-  for (const Place& place : s.places) {
-    if (place.expected != nullptr) values.append(py::handle(place.expected));
-  }
-  for (const py::handle flag : flags) {
-    const auto row = flag.cast<py::tuple>();
-    PyObject* const argument = row[1].is_none() ? nullptr : row[1].ptr();
-    s.flags.push_back({row[0].ptr(), argument, row[2].ptr()});
-  }
+  s.conditions.add_places(places);
+  s.conditions.add_sized(sized);
+  s.conditions.add_weights(*s.api, weights);
+  s.conditions.add_flags(flags);
   s.is_negative = tools[0].ptr();
   s.num_threads = tools[1].ptr();
   s.to_layout = tools[2].ptr();
@@ -285,8 +174,8 @@ py::object bind_call(const Prepared& kernel, const py::object& api, const py::ob
   s.layout = layout.ptr();
   // Copies: the caller may change its lists, the objects in them stay.
   py::tuple held =
-      py::make_tuple(api, py::type::of(x), layout, names, tools, values, py::tuple(places),
-                     py::tuple(sized), py::tuple(weights), py::tuple(flags));
+      py::make_tuple(api, py::type::of(x), layout, names, tools, s.conditions.values(),
+                     py::tuple(places), py::tuple(sized), py::tuple(weights), py::tuple(flags));
   return new_bound_call(std::move(s), held);
 }
 
@@ -311,14 +200,6 @@ bool same_map(const TensorMemory& a, const TensorMemory& b) {
          a.dtype.bits == b.dtype.bits;
 }
 
-template <class Condition, class Key>
-void drop_repeats(std::vector<Condition>& conditions, Key key) {
-  const auto less = [&](const auto& a, const auto& b) { return key(a) < key(b); };
-  const auto equal = [&](const auto& a, const auto& b) { return key(a) == key(b); };
-  std::sort(conditions.begin(), conditions.end(), less);
-  conditions.erase(std::unique(conditions.begin(), conditions.end(), equal), conditions.end());
-}
-
 // See _C.pyi.
 py::object followed_by(const BoundCall& first, const py::tuple& calls, const py::list& places,
                        const py::list& sized) {
@@ -341,17 +222,13 @@ py::object followed_by(const BoundCall& first, const py::tuple& calls, const py:
     int64_t& most = most_bytes[kernels.size() % 2];
     most = std::max(most, s.result.bytes());
     s.result = other.result;
-    s.places.insert(s.places.end(), other.places.begin(), other.places.end());
-    s.lengths.insert(s.lengths.end(), other.lengths.begin(), other.lengths.end());
-    s.weights.insert(s.weights.end(), other.weights.begin(), other.weights.end());
+    s.conditions.add(other.conditions);
   }
-  for (const py::handle pair : places) {
-    s.places.push_back(place_of(pair));
-    if (PyObject* const value = s.places.back().expected) held.append(py::handle(value));
-  }
-  add_lengths(s, sized);
-  drop_repeats(s.places, [](const Place& p) { return std::tie(p.dict, p.key, p.expected); });
-  drop_repeats(s.lengths, [](const Length& l) { return std::tie(l.dict, l.expected); });
+  Conditions besides;
+  besides.add_places(places);
+  besides.add_sized(sized);
+  s.conditions.add(besides);
+  held.append(besides.values());
   s.kernel = in_turn(std::move(kernels), most_bytes[0], most_bytes[1]);
   return new_bound_call(std::move(s), py::make_tuple(held, py::tuple(places), py::tuple(sized)));
 }
