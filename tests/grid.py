@@ -115,6 +115,15 @@ def work(row: Row) -> int:
     return row.n * row.h * row.w * row.m * (row.c + row.o)
 
 
+_WALKED = 50_000_000  # multiplications that take a walk of CUDA kernels some 2 s in fp32
+
+
+def walk_marks(row: Row, dtype: str) -> list[pytest.MarkDecorator]:
+    """Of a row that CUDA kernels are walked over on a CPU: as matrices, 16 bits take a quarter."""
+    affordable = _WALKED if dtype == "fp32" else 4 * _WALKED
+    return [pytest.mark.slow] if not torch.cuda.is_available() and work(row) > affordable else []
+
+
 def placed(backend: str, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The tensors where the backend wants them."""
     device = device_of(backend)

@@ -209,7 +209,7 @@ def test_integers_are_exact(device: str, row: Row) -> None:
 
 
 @on_both
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_blocks_that_walk_several_units(device: str, dtype: str) -> None:
     """So many channels that a block of threads takes one piece of the map after the other."""
     c, kind = 12800, DTYPES[dtype]

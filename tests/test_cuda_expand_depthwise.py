@@ -13,6 +13,7 @@ import pytest
 import shapes
 import torch
 from cases import CASES
+from grid import walk_marks
 from memory import with_layout
 from numerics import round_all
 from shapes import Row
@@ -105,7 +106,7 @@ def hold(call: Call, got: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("row", "dtype"),
     [
-        pytest.param(row, dtype, id=f"{row}-{dtype}")
+        pytest.param(row, dtype, id=f"{row}-{dtype}", marks=walk_marks(row, dtype))
         for row in ROWS
         for dtype in DTYPES
         if dtype != "fp16" or row in FEW

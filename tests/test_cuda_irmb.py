@@ -14,6 +14,7 @@ import pytest
 import shapes
 import torch
 from cases import CASES, function
+from grid import walk_marks
 from numerics import UNIT_ROUNDOFF, Case, check_operator, round_all, run
 from shapes import Row
 from test_cuda_training import walking
@@ -93,7 +94,7 @@ def check(
 @pytest.mark.parametrize(
     ("row", "dtype"),
     [
-        pytest.param(row, dtype, id=f"{row}-{dtype}")
+        pytest.param(row, dtype, id=f"{row}-{dtype}", marks=walk_marks(row, dtype))
         for row in ROWS
         for dtype in DTYPES
         if dtype != "fp16" or row in FEW
@@ -123,7 +124,7 @@ def other_way(row: Row, dtype: str) -> str | None:
 
 
 OTHER_WAYS = [
-    pytest.param(row, dtype, way, id=f"{row}-{dtype}-{way}")
+    pytest.param(row, dtype, way, id=f"{row}-{dtype}-{way}", marks=walk_marks(row, dtype))
     for row in ROWS
     for dtype in DTYPES
     if row.head_dim and row.n and (dtype != "fp16" or row in FEW)
@@ -141,7 +142,10 @@ def test_attention_in_the_other_kernel(device: str, row: Row, dtype: str, attend
 
 @on_both
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("side", [4, 13], ids=["8_warps", "16_warps"])
+@pytest.mark.parametrize(
+    "side",
+    [pytest.param(4, id="8_warps"), pytest.param(13, id="16_warps", marks=pytest.mark.slow)],
+)
 def test_one_kernel_has_the_bits_of_two(device: str, side: int, dtype: str) -> None:
     """Where neither shares out the expanded channels."""
     switches = {"norm": "layer", "act": "gelu", "head_dim": 4, "window": 5, "kernel": 5}
