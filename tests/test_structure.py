@@ -24,8 +24,8 @@ LAYERS = (
     ("backends",),
     ("ops",),
     ("nn",),
-    ("structure", "swap", "watch", "graphs", "stem", "train_stem", "tail", "link", "train_block")
-    + ("integrations", "models", "explain", "accelerate"),
+    ("structure", "swap", "watch", "graphs", "stem", "train_stem", "tail", "sequence", "link")
+    + ("train_block", "integrations", "models", "explain", "accelerate"),
     ("measure",),
     ("cli", "__main__", "__init__"),
 )

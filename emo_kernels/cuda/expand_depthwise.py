@@ -7,6 +7,7 @@ For CUDA tensors; for CPU tensors the same calls take the kernel's walk on the h
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,20 +76,24 @@ def expand_depthwise_unsupported(
 
 
 def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    dw_weight: Tensor,
-    pivot: Tensor | None,
-    sums: Tensor | None,
+    tensors: tuple[Any, ...],
+    sums: Tensor | None = None,
+    *,
     norm: str,
     eps: float,
     act: str,
+    groups: int,
     stride: int,
     padding: int,
+    dilation: int,
 ) -> Tensor:
+    """y; into what is given of its sums, those.
+
+    Args:
+        tensors: x, weight, bias, norm_weight, norm_bias, dw_weight, pivot.
+    """
+    assert groups == dilation == 1
+    x, weight, bias, norm_weight, norm_bias, dw_weight, pivot = tensors
     n, _, h, w = x.shape
     m, k = weight.shape[0], dw_weight.shape[-1]
     y = layout.new_map(x, n, m, *(conv_output_size(s, k, stride, padding, 1) for s in (h, w)))
@@ -117,45 +122,13 @@ def _forward(
     return y
 
 
-def expand_depthwise(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    dw_weight: Tensor,
-    *,
-    norm: str,
-    eps: float,
-    act: str,
-    groups: int,
-    stride: int,
-    padding: int,
-    dilation: int,
-) -> Tensor:
-    """The depthwise convolution of act(W norm(x) + b), within the limits of the kernel."""
-    tensors = (x, weight, bias, norm_weight, norm_bias, dw_weight)
-    return _forward(*tensors, None, None, norm, eps, act, stride, padding)
+def expand_depthwise(*tensors: Any, **options: Any) -> Tensor:
+    """The convolution of act(W norm(x) + b), as the reference defines it, within the limits."""
+    return _forward((*tensors, None), **options)
 
 
-def expand_depthwise_statistics(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    dw_weight: Tensor,
-    pivot: Tensor | None,
-    *,
-    norm: str,
-    eps: float,
-    act: str,
-    groups: int,
-    stride: int,
-    padding: int,
-    dilation: int,
-) -> tuple[Tensor, Tensor]:
+def expand_depthwise_statistics(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
     """:func:`expand_depthwise` and, from the same pass, its (2, M) float64 sums about the pivot."""
+    x, weight = tensors[:2]
     sums = torch.empty((2, weight.shape[0]), dtype=torch.float64, device=x.device)
-    tensors = (x, weight, bias, norm_weight, norm_bias, dw_weight)
-    return _forward(*tensors, pivot, sums, norm, eps, act, stride, padding), sums
+    return _forward(tensors, sums, **options), sums

@@ -56,35 +56,10 @@ def expand_depthwise(
     return depthwise_conv2d(e, dw_weight, stride=stride, padding=padding, dilation=dilation)
 
 
-def expand_depthwise_statistics(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    dw_weight: Tensor,
-    pivot: Tensor | None,
-    *,
-    norm: str,
-    eps: float,
-    act: str,
-    groups: int,
-    stride: int,
-    padding: int,
-    dilation: int,
-) -> tuple[Tensor, Tensor]:
-    """:func:`expand_depthwise` and its batch-norm sums, ``batch_norm_sums(y, pivot)``."""
-    tensors = (x, weight, bias, norm_weight, norm_bias, dw_weight)
-    y = expand_depthwise(
-        *tensors,
-        norm=norm,
-        eps=eps,
-        act=act,
-        groups=groups,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-    )
+def expand_depthwise_statistics(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """:func:`expand_depthwise` and its batch-norm sums around the last tensor, or None."""
+    *operands, pivot = tensors
+    y = expand_depthwise(*operands, **options)
     return y, batch_norm_sums(y, pivot)
 
 
