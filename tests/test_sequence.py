@@ -15,11 +15,13 @@ from emo_kernels.cpu import bound
 from emo_kernels.sequence import AcceleratedSequence
 from emo_kernels.swap import SwappedForward
 
+pytestmark = pytest.mark.skipif(
+    bound._INTERFACE is None, reason="this torch has no DLPack exchange interface"
+)
+
 
 @pytest.fixture
 def sequence():
-    if bound._INTERFACE is None:
-        pytest.skip("this torch has no DLPack exchange interface")
     torch.manual_seed(0)
     stage = {"norm_layer": "ln_2d", "act_layer": "gelu", "attn_pre": True, "qkv_bias": True}
     blocks = [
@@ -86,8 +88,6 @@ def test_results_are_fresh(sequence, x, calls):
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 def test_maps_between_do_not_overlap(x, calls, count, threads, monkeypatch):
     """Sequences of any length whose maps grow and shrink."""
-    if bound._INTERFACE is None:
-        pytest.skip("this torch has no DLPack exchange interface")
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     widths = [8, 40, 16, 64, 8, 24][: count + 1]
     switches = {"has_skip": False, "attn_s": False}
@@ -99,8 +99,6 @@ def test_maps_between_do_not_overlap(x, calls, count, threads, monkeypatch):
 
 
 def test_a_module_that_comes_twice(x, calls):
-    if bound._INTERFACE is None:
-        pytest.skip("this torch has no DLPack exchange interface")
     block, wider = (ek.nn.iRMB(8, o, has_skip=False, attn_s=False) for o in (8, 16))
     same = ek.accelerate(nn.Sequential(block, block, block, wider).eval())
     repeats(same, x, calls)
@@ -221,8 +219,6 @@ def test_a_sequence_with_another_module_keeps_its_forward():
 
 
 def test_every_stage_of_a_model_is_one_call(calls):
-    if bound._INTERFACE is None:
-        pytest.skip("this torch has no DLPack exchange interface")
     model = ek.accelerate(ek.create_backbone("emo_1m").eval())
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -233,6 +229,12 @@ def test_every_stage_of_a_model_is_one_call(calls):
         assert all(isinstance(stage.forward, AcceleratedSequence) for stage in model.stages)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_without_the_interface_modules_are_called(sequence, x, calls, monkeypatch):
+    monkeypatch.setattr(bound, "_INTERFACE", None)
+    for _ in range(2):
+        assert not repeats(sequence, x, calls)
 
 
 def test_a_call_that_does_not_fit_is_none(sequence, x):
