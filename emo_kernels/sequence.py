@@ -7,6 +7,7 @@ that C++ can call it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,60 +18,77 @@ from emo_kernels.structure import Reading, UnreadableError
 from emo_kernels.swap import Replacement, SwappedForward, own_forward, restore_module
 
 
-class SequenceReading(Reading[list[BoundCall]]):
-    """Of one sequence: the calls that its modules repeat."""
+def bind_in_turn(block: nn.Module, names: Iterable[str], *behind: BoundCall) -> BoundCall | None:
+    """The calls that children of ``block`` repeat and then those behind, as one call.
+
+    ``None`` where a child repeats none, has hooks, or does not take what the one before it gives.
+    """
+    try:
+        reading = _SequenceReading(block, names)
+    except UnreadableError:
+        return None
+    first, *others = (*reading.spec, *behind)
+    conditions = reading.conditions()
+    return first.followed_by(tuple(others), conditions.places, conditions.sized)
+
+
+class _SequenceReading(Reading[list[BoundCall]]):
+    """Of children called in turn: the calls that they repeat."""
+
+    def __init__(self, block: nn.Module, names: Iterable[str]) -> None:
+        self._names = names
+        super().__init__(block)
 
     def _read(self, block: nn.Module) -> list[BoundCall]:
-        calls = []
-        for name in block._modules:
-            module = self._child(block, name, name)
-            forward = self._attribute(module, "forward")
-            if self._attribute(module, "_compiled_call_impl", None) is not None:
-                raise UnreadableError(f"{name} is compiled")
-            if not isinstance(forward, SwappedForward) or forward.bound is None:
-                raise UnreadableError(f"{name} repeats no call")
-            calls.append(forward.bound)
         self._sized.append(block._modules)
-        return calls
+        return [self._call(block, name) for name in self._names]
+
+    def _call(self, block: nn.Module, name: str) -> BoundCall:
+        module = self._child(block, name, name)
+        forward = self._attribute(module, "forward")
+        compiled = self._attribute(module, "_compiled_call_impl", None)
+        if not _repeats(forward) or forward.bound is None or compiled is not None:
+            raise UnreadableError(f"{name} repeats no call")
+        call: BoundCall = forward.bound
+        return call
+
+
+def _repeats(forward: Any) -> bool:
+    return isinstance(forward, SwappedForward | AcceleratedSequence)
 
 
 class AcceleratedSequence(Replacement):
-    """The forward of a sequence of accelerated modules."""
+    """The forward of a sequence of accelerated modules.
+
+    Attributes:
+        bound: the last call, to be made again.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
-        self._bound: BoundCall | None = None
+        self.bound: BoundCall | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bound": None}
+        return {**self.__dict__, "bound": None}
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The call before made again, where it is the same; else module by module."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or args or kwargs:
             return own_forward(self.block, x, *args, **kwargs)
-        out = None if self._bound is None else self._bound(x)
+        out = None if self.bound is None else self.bound(x)
         if out is None:
             out = own_forward(self.block, x)
-            self._bind()
+            self.bound = bind_in_turn(self.block, self.block._modules)
         return out
-
-    def _bind(self) -> None:
-        """Keep the calls that the modules just made as one."""
-        self._bound = None
-        try:
-            reading = SequenceReading(self.block)
-        except UnreadableError:
-            return
-        first, *others = reading.spec
-        conditions = reading.conditions()
-        self._bound = first.followed_by(tuple(others), conditions.places, conditions.sized)
 
 
 def accelerate_sequences(model: nn.Module) -> None:
-    """Swap every ``torch.nn.Sequential`` whose modules were all swapped."""
-    sequences: list[nn.Module] = [m for m in model.modules() if type(m) is nn.Sequential]
-    for sequence in sequences:
-        restore_module(sequence)
-        forwards = [module.__dict__.get("forward") for module in sequence.children()]
-        if len(forwards) > 1 and all(isinstance(forward, SwappedForward) for forward in forwards):
-            sequence.forward = AcceleratedSequence(sequence)
+    """Swap every ``torch.nn.Sequential`` whose modules were all swapped, the inner ones first."""
+    for sequence in reversed(list(model.modules())):
+        if type(sequence) is not nn.Sequential:
+            continue
+        block: nn.Module = sequence
+        restore_module(block)
+        forwards = [module.__dict__.get("forward") for module in block.children()]
+        if len(forwards) > 1 and all(map(_repeats, forwards)):
+            block.forward = AcceleratedSequence(block)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from emo_kernels import backends, ops, reference
+from emo_kernels.models.emo import EMO
 from emo_kernels.ops.registration import runs_standard_operators
+from emo_kernels.sequence import bind_in_turn
 from emo_kernels.spec import BoundCall
 from emo_kernels.structure import OperatorReading, UnreadableError
 from emo_kernels.swap import (
@@ -24,7 +26,8 @@ from emo_kernels.swap import (
     restore_module,
 )
 
-_METHODS = ("trunk", "forward_features", "forward_head")  # whose change changes the forward
+# Whose change changes the forward.
+_METHODS = ("trunk", "run_stage", "forward_features", "forward_head")
 
 
 def find_tails(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -61,7 +64,10 @@ class TailReading(OperatorReading):
 
 
 class AcceleratedTail(SwappedForward[TailReading]):
-    """The forward of a network with an accelerated tail: its own but for norm, mean and head."""
+    """The forward of a network with an accelerated tail: its own but for norm, mean and head.
+
+    Of this library's networks the whole is one call, where every stage is.
+    """
 
     read = TailReading
 
@@ -84,7 +90,12 @@ class AcceleratedTail(SwappedForward[TailReading]):
         network: Any = self.block
         y: Tensor = network.trunk(x)
         out = None if self._bound_tail is None else self._bound_tail(y)
-        return self._compute(y, reading) if out is None else out
+        if out is None:
+            out = self._compute(y, reading)
+        self.bound = None
+        if self._bound_tail is not None and _runs_stages_in_turn(network):
+            self.bound = bind_in_turn(network, EMO.STAGES, self._bound_tail)
+        return out
 
     def _compute(self, y: Tensor, reading: TailReading) -> Tensor:
         tensors, operator = reading.tensors(), "norm_pool_linear"
@@ -97,6 +108,12 @@ class AcceleratedTail(SwappedForward[TailReading]):
             bind = backends.function(backend, f"{operator}_bind")
             self._bound_tail = bind(y, *tensors, conditions=reading.conditions(), **reading.spec)
         return out
+
+
+def _runs_stages_in_turn(network: nn.Module) -> bool:
+    """Whether its trunk is this library's, which calls stage after stage."""
+    kind: Any = type(network)
+    return isinstance(network, EMO) and kind.trunk is EMO.trunk and kind.run_stage is EMO.run_stage
 
 
 def accelerate_tails(model: nn.Module, backend: str | None) -> None:

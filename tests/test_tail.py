@@ -11,6 +11,7 @@ from torch import nn
 import emo_kernels as ek
 from emo_kernels.models import EMO
 from emo_kernels.models.configs import CONFIGS
+from emo_kernels.swap import SwappedForward
 from emo_kernels.tail import AcceleratedTail, find_tails
 
 
@@ -30,9 +31,15 @@ def x():
     return torch.randn(2, 3, 64, 96)
 
 
+def images(x):
+    """Kinds of calls, each made twice."""
+    kinds = (x, x[:1], x.contiguous(memory_format=torch.channels_last), x)
+    return [image for image in kinds for _ in range(2)]
+
+
 def assert_same(plain, fast, x):
     with torch.no_grad():
-        for image in (x, x[:1], x.contiguous(memory_format=torch.channels_last), x):
+        for image in images(x):
             torch.testing.assert_close(fast(image), plain(image), rtol=1e-3, atol=1e-4)
 
 
@@ -50,6 +57,27 @@ def test_it_runs_on_the_kernel_with_the_same_numbers(plain, fast, x):
     assert not calls & {"aten::linear", "aten::mean", "aten::layer_norm"}
     assert_same(plain, fast, x)
     assert fast.forward._bound_tail is not None
+
+
+def test_the_whole_is_one_call_from_the_second_on(fast, x, monkeypatch):
+    calls = []
+    own = SwappedForward.__call__
+    monkeypatch.setattr(
+        SwappedForward, "__call__", lambda self, x: calls.append(self.block) or own(self, x)
+    )
+    with torch.no_grad():
+        expected = fast(x)
+        assert len(calls) > 10 and fast.forward.bound is not None
+        calls.clear()
+        assert torch.equal(fast(x), expected)
+        assert calls == [fast]
+
+
+def test_a_trunk_of_another_class_is_called(x):
+    plain = realistic(DoubledStages(CONFIGS["emo_1m"], num_classes=5)).eval()
+    fast = ek.accelerate(copy.deepcopy(plain), strict=True)
+    assert_same(plain, fast, x)
+    assert fast.forward.bound is None and fast.forward._bound_tail is not None
 
 
 def test_a_model_inside_another_is_found(plain, fast, x):
@@ -97,10 +125,44 @@ def change_method(model):
     model.forward_features = lambda x: 2 * EMO.forward_features(model, x)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [change_data, change_memory, change_eps, change_head, change_head_class, change_method],
-)
+def change_trunk(model):
+    model.trunk = lambda x: 2 * EMO.trunk(model, x)
+
+
+def change_run_stage(model):
+    model.run_stage = lambda index, x: 2 * EMO.run_stage(model, index, x)
+
+
+def change_stage(model):
+    model.stage4 = nn.Sequential(*model.stage4, nn.Tanh())
+
+
+def change_block(model):
+    model.stage3[1] = nn.Tanh()
+
+
+def change_block_data(model):
+    model.stage3[1].proj.conv.weight.data.mul_(3)
+
+
+def hook_stage(model):
+    model.stage2.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def hook_block(model):
+    model.stage3[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def hook_layer(model):
+    model.stage1[0].proj.conv.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+CHANGES = [change_data, change_memory, change_eps, change_head, change_head_class, change_method]
+CHANGES += [change_trunk, change_run_stage, change_stage, change_block, change_block_data]
+CHANGES += [hook_stage, hook_block, hook_layer]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_no_change_is_missed(plain, fast, x, change):
     assert_same(plain, fast, x)
     for model in (plain, fast):
@@ -111,6 +173,11 @@ def test_no_change_is_missed(plain, fast, x, change):
 class Doubled(EMO):
     def forward_features(self, x):
         return 2 * super().forward_features(x)
+
+
+class DoubledStages(EMO):
+    def run_stage(self, index, x):
+        return 2 * super().run_stage(index, x)
 
 
 class WithoutNorm(EMO):
@@ -132,7 +199,7 @@ def test_hooks_inside_are_called(plain, fast, x, layer):
     seen = []
     getattr(fast, layer).register_forward_hook(lambda *_: seen.append(layer))
     assert_same(plain, fast, x)
-    assert len(seen) == 4
+    assert len(seen) == len(images(x))
 
 
 def test_gradients_autocast_and_training_are_its_own(plain, fast, x):

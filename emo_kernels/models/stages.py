@@ -44,6 +44,8 @@ class EMOStages(nn.Module):
             convolutions instead.
     """
 
+    STAGES = tuple(f"stage{i}" for i in range(5))  # names of the children
+
     def __init__(self, config: EMOConfig, in_chans: int, output_stride: int = 32) -> None:
         super().__init__()
         if output_stride not in (8, 16, 32):
@@ -65,11 +67,11 @@ class EMOStages(nn.Module):
     @property
     def stages(self) -> list[nn.Sequential]:
         """The five stages in order."""
-        return [getattr(self, f"stage{i}") for i in range(5)]
+        return [getattr(self, name) for name in self.STAGES]
 
     def run_stage(self, index: int, x: Tensor) -> Tensor:
         """One stage's blocks in order."""
-        stage: nn.Sequential = getattr(self, f"stage{index}")
+        stage: nn.Sequential = getattr(self, self.STAGES[index])
         if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
             out: Tensor = stage(x)
             return out
