@@ -239,7 +239,9 @@ def _like(name: str, layer: str, **changes: Any) -> Row:
 
 DETECTION = [
     _like("5m_stage2_100x168", "5m_stage2", h=100, w=168, n=1, slow=True),
-    _like("5m_stage3_84x50", "5m_stage3", h=84, w=50, n=1, slow=True),
+    # Two images: over the pixels of one, torch's layer norm in bf16 adds up its gradients to just
+    # short of the 50u from which fp32 takes its place as the yardstick.
+    _like("5m_stage3_84x50", "5m_stage3", h=84, w=50, slow=True),
     _like("5m_stage4_42x25", "5m_stage4", h=42, w=25, n=1, slow=True),
     _like("5m_stage4_down_84x50", "5m_stage4_down", h=84, w=50, n=1, slow=True),
     _like("5m_stage3_40x40", "5m_stage3", h=40, w=40, n=1, slow=True),
