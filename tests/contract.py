@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -122,11 +122,18 @@ class OperatorContract:
             return
         self.check(backend, case, dtype, layouts=layouts, gradients=False)
         cases = [make(seed + more) for more in range(draws)]
-        name = f"{self.operator} on {backend}, {draws} draws"
-        how = {"oracle": getattr(oracle, self.operator), "device": device_of(backend)}
-        check_draws(
-            self.kernel(backend), self.plain, cases, dtype, layouts=layouts, name=name, **how
-        )
+        self.check_several(backend, cases, dtype, layouts=layouts)
+
+    def check_several(
+        self, backend: str, cases: Sequence[Case], dtype: torch.dtype, **how: Any
+    ) -> None:
+        """Hold several draws of one call against the oracle, as one."""
+        if len(cases) == 1:
+            self.check(backend, cases[0], dtype, **how)
+            return
+        name = f"{self.operator} on {backend}, {len(cases)} draws"
+        how = {"oracle": getattr(oracle, self.operator), "device": device_of(backend), **how}
+        check_draws(self.kernel(backend), self.plain, cases, dtype, name=name, **how)
 
     # ------------------------------------------------------------------------------------ numbers
 

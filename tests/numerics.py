@@ -146,23 +146,45 @@ def check_operator(
         name: begins every message.
     """
     case = case if isinstance(case, Case) else Case(dict(case))
-    wanted = case.differentiable() if gradients else []
-    rounded = round_all(case.tensors, dtype)
-    grad_output = _rounded_grad_output(oracle or reference, rounded, case, dtype, exact)
-    grad_output = with_layout(grad_output.to(device), layouts.grad)
-    plain_grad = grad_output.detach().cpu().contiguous()
-
-    truth = _Truth(oracle or reference, reference, rounded, plain_grad, case, wanted, dtype)
-    inputs = _laid_out(rounded, layouts, device)
-    before = {n: t.clone() for n, t in inputs.items() if t is not None}
-    with poisoned_memory(poison):
-        got = run(function, inputs, case.options, wanted, grad_output)
-    _assert_inputs_untouched(inputs, before, got["out"], name)
+    how = {"gradients": gradients, "device": device, "layouts": layouts, "poison": poison}
+    got, truth = _run_and_truth(
+        function, reference, case, dtype, oracle or reference, exact=exact, name=name, **how
+    )
     if exact:
         for key, actual in got.items():
             assert_equal(actual, truth.want[key], name=f"{name}: {key}")
         return []
     return [_compare(key, actual, truth, f"{name}: {key}") for key, actual in got.items()]
+
+
+def _run_and_truth(
+    function: Function,
+    reference: Function,
+    case: Case,
+    dtype: torch.dtype,
+    oracle: Function,
+    *,
+    gradients: bool,
+    device: str,
+    layouts: Layouts,
+    poison: str | None,
+    name: str,
+    exact: bool = False,
+) -> tuple[dict[str, Tensor], _Truth]:
+    """What the kernel makes of a case, its inputs untouched, and what that is measured with."""
+    wanted = case.differentiable() if gradients else []
+    rounded = round_all(case.tensors, dtype)
+    grad_output = _rounded_grad_output(oracle, rounded, case, dtype, exact)
+    grad_output = with_layout(grad_output.to(device), layouts.grad)
+    plain_grad = grad_output.detach().cpu().contiguous()
+
+    truth = _Truth(oracle, reference, rounded, plain_grad, case, wanted, dtype)
+    inputs = _laid_out(rounded, layouts, device)
+    before = {n: t.clone() for n, t in inputs.items() if t is not None}
+    with poisoned_memory(poison):
+        got = run(function, inputs, case.options, wanted, grad_output)
+    _assert_inputs_untouched(inputs, before, got["out"], name)
+    return got, truth
 
 
 def check_draws(
@@ -172,8 +194,10 @@ def check_draws(
     dtype: torch.dtype,
     *,
     oracle: Function,
-    device: str,
+    gradients: bool = True,
+    device: str = "cpu",
     layouts: Layouts = DENSE,
+    poison: str | None = "nan",
     name: str,
 ) -> list[Comparison]:
     """The rule over several draws of one call, as if they were one larger call.
@@ -181,32 +205,37 @@ def check_draws(
     A result of one number gives one error, and the yardstick's single error is as likely tiny as
     not: which of two honest kernels is nearer is then a matter of luck. Over some draws it is not.
     """
-    pooled: dict[str, list[tuple[Tensor, ...]]] = {}
+    pooled: dict[str, list[tuple[Tensor, _Truth]]] = {}
+    how = {"gradients": gradients, "device": device, "layouts": layouts, "poison": poison}
     for case in cases:
-        rounded = round_all(case.tensors, dtype)
-        wanted = case.differentiable()
-        grad = _rounded_grad_output(oracle, rounded, case, dtype, exact=False)
-        truth = _Truth(oracle, reference, rounded, grad, case, wanted, dtype)
-        inputs = _laid_out(rounded, layouts, device)
-        got = run(
-            function, inputs, case.options, wanted, with_layout(grad.to(device), layouts.grad)
-        )
-        for key in got.keys() - set(case.dead):
+        got, truth = _run_and_truth(function, reference, case, dtype, oracle, name=name, **how)
+        for key, actual in got.items():
+            if key in case.dead:
+                _compare(key, actual, truth, f"{name}: {key}")
+                continue
             if key == "qk_bias":
-                _assert_dead_half(got[key], truth, f"{name}: {key}")
-            tensors = (got[key], truth.want[key], truth.eager[key])
-            pooled.setdefault(key, []).append(tuple(_live(key, t) for t in tensors))
-    return [_compare_pool(f"{name}: {key}", draws, dtype) for key, draws in pooled.items()]
+                _assert_dead_half(actual, truth, f"{name}: {key}")
+            pooled.setdefault(key, []).append((actual, truth))
+    return [_compare_pool(key, draws, dtype, f"{name}: {key}") for key, draws in pooled.items()]
 
 
 def _compare_pool(
-    label: str, draws: Sequence[tuple[Tensor, ...]], dtype: torch.dtype
+    key: str, draws: Sequence[tuple[Tensor, _Truth]], dtype: torch.dtype, label: str
 ) -> Comparison:
-    got, want, eager = (
-        torch.cat([tensor.detach().cpu().flatten() for tensor in part])
-        for part in zip(*draws, strict=True)
+    """The rule for one tensor of :func:`check_draws`."""
+
+    def pool(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([_live(key, t).detach().cpu().flatten() for t in tensors])
+
+    return assert_kernel_close(
+        pool(actual for actual, _ in draws),
+        pool(truth.want[key] for _, truth in draws),
+        pool(truth.eager[key] for _, truth in draws) if dtype != torch.float64 else None,
+        dtype,
+        name=label,
+        gradient=key != "out",
+        fallback=lambda: pool(truth.fp32[key] for _, truth in draws),
     )
-    return assert_kernel_close(got, want, eager, dtype, name=label, gradient=True)
 
 
 @dataclass

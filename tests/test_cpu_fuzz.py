@@ -17,11 +17,11 @@ import pytest
 import torch
 from cases import CASES, function
 from contract import FEW_NUMBERS
-from fuzz import random_layouts, random_rows
+from fuzz import draws_of, or_other_data, random_layouts, random_rows
 from grid import DTYPES, refusal
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from numerics import check_operator
+from numerics import check_draws, check_operator
 from shapes import Row
 from test_irmb_training import kernels, plain, statistics_of, training_case
 from test_irmb_training import refusal as refusal_of_step
@@ -29,7 +29,7 @@ from test_irmb_training import refusal as refusal_of_step
 from emo_kernels import _C, ops, reference
 
 ISAS = _C.available_isas()
-WIDTHS = st.one_of(st.sampled_from([15, 16, 17, 31, 33, 47, 48, 49, 96, 97]), st.integers(1, 110))
+WIDTHS = st.one_of(st.sampled_from([15, 16, 17, 31, 33, 47, 48, 49, 96, 97]), st.integers(4, 110))
 
 
 @st.composite
@@ -82,7 +82,9 @@ def one_operator(operator: str) -> Callable[[Any], None]:
         row = data.draw(wide_rows(operator), label="row")
         layouts = data.draw(random_layouts(), label="layouts")
         isa, dtype, threads = draw_how(data)
-        case = CASES[operator](row)
+        draws = 1 if dtype == torch.float64 else draws_of(row)
+        cases = [CASES[operator](row, seed=seed) for seed in range(draws)]
+        case = cases[0]
         assume(refusal(operator, "cpu", case, dtype) is None)
         # Results of few numbers are judged over several draws, by the named rows of each operator.
         exact = dtype == torch.float64
@@ -91,11 +93,11 @@ def one_operator(operator: str) -> Callable[[Any], None]:
         gradients = operator != "irmb" and (exact or min(sizes) >= FEW_NUMBERS)
         kernel = function(operator, getattr(ops, operator), backend="cpu")
         yardstick = function(operator, getattr(reference, operator))
-        with running_with(isa, threads):
-            check_operator(
+        with running_with(isa, threads), or_other_data():
+            check_draws(
                 kernel,
                 yardstick,
-                case,
+                cases,
                 dtype,
                 oracle=getattr(oracle, operator),
                 layouts=layouts,
