@@ -35,7 +35,7 @@ def accelerate(
     and subclasses; the stem in front of them goes along, and, in inference, this library's tail
     behind them (norm, mean, head). Each is swapped only if its own forward agrees with the
     reference on a probe input. On a CPU, in inference, a ``torch.nn.Sequential`` of blocks, and a
-    whole model of this library, is one call from the second on. Weights, buffers, hooks,
+    whole model of this library, becomes one call when it is repeated. Weights, buffers, hooks,
     ``state_dict``, copies and pickles stay as they are; each call reads the weights as they are
     then, and moves running statistics as the block does. Calls that no kernel covers (training and
     autocast where no backend has training kernels, dropout, tracing, export) run the block's own

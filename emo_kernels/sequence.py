@@ -18,18 +18,29 @@ from emo_kernels.structure import Reading, UnreadableError
 from emo_kernels.swap import Replacement, SwappedForward, own_forward, restore_module
 
 
-def bind_in_turn(block: nn.Module, names: Iterable[str], *behind: BoundCall) -> BoundCall | None:
-    """The calls that children of ``block`` repeat and then those behind, as one call.
+class InTurn:
+    """Makes calls one that were made in turn before: maps of changing sizes would not repeat it."""
 
-    ``None`` where a child repeats none, has hooks, or does not take what the one before it gives.
-    """
-    try:
-        reading = _SequenceReading(block, names)
-    except UnreadableError:
-        return None
-    first, *others = (*reading.spec, *behind)
-    conditions = reading.conditions()
-    return first.followed_by(tuple(others), conditions.places, conditions.sized)
+    def __init__(self) -> None:
+        self._seen: tuple[int, ...] = ()
+
+    def bind(self, block: nn.Module, names: Iterable[str], *behind: BoundCall) -> BoundCall | None:
+        """The calls that children of ``block`` repeat and then those behind, as one call.
+
+        ``None`` where they are not those of the time before, where a child repeats none or has
+        hooks, or does not take what the one before it gives.
+        """
+        seen, self._seen = self._seen, ()
+        try:
+            reading = _SequenceReading(block, names)
+        except UnreadableError:
+            return None
+        first, *others = (*reading.spec, *behind)
+        self._seen = tuple(map(id, (first, *others)))
+        if seen != self._seen:
+            return None
+        conditions = reading.conditions()
+        return first.followed_by(tuple(others), conditions.places, conditions.sized)
 
 
 class _SequenceReading(Reading[list[BoundCall]]):
@@ -67,9 +78,10 @@ class AcceleratedSequence(Replacement):
     def __init__(self, block: nn.Module) -> None:
         super().__init__(block)
         self.bound: BoundCall | None = None
+        self._in_turn = InTurn()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "bound": None}
+        return {**self.__dict__, "bound": None, "_in_turn": InTurn()}
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The call before made again, where it is the same; else module by module."""
@@ -78,7 +90,7 @@ class AcceleratedSequence(Replacement):
         out = None if self.bound is None else self.bound(x)
         if out is None:
             out = own_forward(self.block, x)
-            self.bound = bind_in_turn(self.block, self.block._modules)
+            self.bound = self._in_turn.bind(self.block, self.block._modules)
         return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from emo_kernels import backends, ops, reference
 from emo_kernels.models.emo import EMO
 from emo_kernels.ops.registration import runs_standard_operators
-from emo_kernels.sequence import bind_in_turn
+from emo_kernels.sequence import InTurn
 from emo_kernels.spec import BoundCall
 from emo_kernels.structure import OperatorReading, UnreadableError
 from emo_kernels.swap import (
@@ -74,9 +74,10 @@ class AcceleratedTail(SwappedForward[TailReading]):
     def __init__(self, block: nn.Module, backend: str | None) -> None:
         super().__init__(block, backend)
         self._bound_tail: BoundCall | None = None  # of the trunk's map
+        self._in_turn = InTurn()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_bound_tail": None}
+        return {**super().__getstate__(), "_bound_tail": None, "_in_turn": InTurn()}
 
     def decide(self, x: Tensor, reading: TailReading) -> Tensor:
         """The trunk, then the backend's kernel if it takes this call; else the own forward."""
@@ -94,7 +95,7 @@ class AcceleratedTail(SwappedForward[TailReading]):
             out = self._compute(y, reading)
         self.bound = None
         if self._bound_tail is not None and _runs_stages_in_turn(network):
-            self.bound = bind_in_turn(network, EMO.STAGES, self._bound_tail)
+            self.bound = self._in_turn.bind(network, EMO.STAGES, self._bound_tail)
         return out
 
     def _compute(self, y: Tensor, reading: TailReading) -> Tensor:
