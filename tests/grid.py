@@ -118,10 +118,15 @@ def work(row: Row) -> int:
 _WALKED = 50_000_000  # multiplications that take a walk of CUDA kernels some 2 s in fp32
 
 
-def walk_marks(row: Row, dtype: str) -> list[pytest.MarkDecorator]:
-    """Of a row that CUDA kernels are walked over on a CPU: as matrices, 16 bits take a quarter."""
+def walk_marks(row: Row, dtype: str, times: int = 1) -> list[pytest.MarkDecorator]:
+    """Of a row that CUDA kernels are walked over on a CPU: as matrices, 16 bits take a quarter.
+
+    Args:
+        times: as long as a row's plain walk this one takes.
+    """
     affordable = _WALKED if dtype == "fp32" else 4 * _WALKED
-    return [pytest.mark.slow] if not torch.cuda.is_available() and work(row) > affordable else []
+    too_long = times * work(row) > affordable
+    return [pytest.mark.slow] if too_long and not torch.cuda.is_available() else []
 
 
 def placed(backend: str, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:

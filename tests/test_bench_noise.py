@@ -143,6 +143,7 @@ def test_a_ratio_that_is_not_known_is_marked() -> None:
     assert any("known no better than" in one for one in why)
 
 
+@pytest.mark.slow
 def test_an_interval_holds_the_truth_although_the_end_is_chosen() -> None:
     """To stop when it is narrow may cost coverage: not below nine in ten."""
     runs = 300

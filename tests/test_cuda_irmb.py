@@ -124,7 +124,7 @@ def other_way(row: Row, dtype: str) -> str | None:
 
 
 OTHER_WAYS = [
-    pytest.param(row, dtype, way, id=f"{row}-{dtype}-{way}", marks=walk_marks(row, dtype))
+    pytest.param(row, dtype, way, id=f"{row}-{dtype}-{way}", marks=walk_marks(row, dtype, 4))
     for row in ROWS
     for dtype in DTYPES
     if row.head_dim and row.n and (dtype != "fp16" or row in FEW)
@@ -277,6 +277,7 @@ def test_special_values_go_where_the_oracle_sends_them(row: Row, value: float) -
     check(row, "fp32", case=case)
 
 
+@pytest.mark.slow
 def test_every_block_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 0's squeeze-excite and all that follow: EMO-1M in inference, by the walk."""
     torch.manual_seed(0)
