@@ -179,8 +179,7 @@ py::object bind_call(const Prepared& kernel, const py::object& api, const py::ob
   return new_bound_call(std::move(s), held);
 }
 
-// The kernels one after the other, by way of maps that nobody sees: behind kernel i in buffer i
-// % 2.
+// The kernels one after the other, by way of two maps that take turns and that nobody else sees.
 Prepared in_turn(std::vector<Prepared> kernels, int64_t even_bytes, int64_t odd_bytes) {
   return {
       [kernels = std::move(kernels), even_bytes, odd_bytes](const void* x, void* out, int threads) {

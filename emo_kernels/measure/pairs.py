@@ -97,8 +97,8 @@ def forward_of(variant: str, model: nn.Module, backend: str | None) -> Callable[
 
 def channels_last(model: nn.Module) -> nn.Module:
     """``model`` with its weights in that memory format, in place."""
-    # torch documents the keyword, and leaves it out of the overloads it declares.
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = torch.channels_last
+    return model.to(memory_format=layout)  # type: ignore[call-overload]  # documented, undeclared
 
 
 def variants(pair: Pair, x: Tensor) -> dict[str, Callable[[], Tensor]]:
