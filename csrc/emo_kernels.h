@@ -279,6 +279,7 @@ struct AttentionCall {
   const void *v = nullptr, *v_padding = nullptr;                      // (N H W, M), (M,)
   const void *norm_weight = nullptr, *norm_bias = nullptr;            // (C,)
   void* out = nullptr;                                                // (N H W, M), or C without v
+  void* qk = nullptr;  // (N H W, 2C), q and k: null: not kept
   int64_t N = 0, C = 0, H = 0, W = 0, M = 0, head_dim = 0, window_size = 7;
   Windows windows = Windows::kGrid;
   Norm norm = Norm::kNone;
@@ -286,12 +287,13 @@ struct AttentionCall {
   int threads = 1;
 };
 
-// As ExpandBackwardCall at the norm. The K half of dqk_bias is left alone: it is zero.
+// As ExpandBackwardCall at the norm. The K half of dqk_bias is left alone: it is zero. qk: what the
+// forward pass kept, null: q and k are computed again.
 struct AttentionBackwardCall {
   DType dtype = DType::kFloat32;
   const void *grad = nullptr, *x = nullptr, *qk_weight = nullptr, *qk_bias = nullptr;
   const void *v = nullptr, *v_padding = nullptr, *norm_weight = nullptr, *norm_bias = nullptr;
-  const void *mean = nullptr, *invstd = nullptr, *residual = nullptr;
+  const void *mean = nullptr, *invstd = nullptr, *residual = nullptr, *qk = nullptr;
   void *dx = nullptr, *dqk_weight = nullptr, *dv = nullptr;
   double *dqk_bias = nullptr, *dv_padding = nullptr, *sums = nullptr;  // (C,), (M,), (2, C)
   int64_t N = 0, C = 0, H = 0, W = 0, M = 0, head_dim = 0, window_size = 7;

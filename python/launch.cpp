@@ -203,7 +203,7 @@ Launch window_attention(int dtype, const py::tuple& sizes, double eps) {
                 c.window_size, c.windows, c.norm);
   c.eps = eps;
   return open_call(c, cpu::window_attention, &C::x, &C::qk_weight, &C::qk_bias, &C::v,
-                   &C::v_padding, &C::norm_weight, &C::norm_bias, &C::out);
+                   &C::v_padding, &C::norm_weight, &C::norm_bias, &C::out, &C::qk);
 }
 
 Launch window_attention_backward(int dtype, const py::tuple& sizes, double eps) {
@@ -214,8 +214,8 @@ Launch window_attention_backward(int dtype, const py::tuple& sizes, double eps) 
   c.eps = eps;
   return open_call(c, cpu::window_attention_backward, &C::grad, &C::x, &C::qk_weight, &C::qk_bias,
                    &C::v, &C::v_padding, &C::norm_weight, &C::norm_bias, &C::mean, &C::invstd,
-                   &C::residual, &C::dx, &C::dqk_weight, &C::dv, &C::dqk_bias, &C::dv_padding,
-                   &C::sums);
+                   &C::residual, &C::qk, &C::dx, &C::dqk_weight, &C::dv, &C::dqk_bias,
+                   &C::dv_padding, &C::sums);
 }
 
 }  // namespace

@@ -102,12 +102,14 @@ def test_the_slope_may_be_kept_or_recomputed(
 
 
 @pytest.mark.parametrize(
-    "channels, dtype, maps", [(72, FP32, 5), (48, FP32, 4), (96, torch.bfloat16, 4)]
+    "channels, dtype, maps", [(72, FP32, 6), (48, FP32, 5), (96, torch.bfloat16, 5)]
 )
-def test_the_slope_is_kept_where_a_wide_product_makes_it(
+def test_q_and_k_are_kept_and_the_slope_where_a_wide_product_makes_it(
     channels: int, dtype: torch.dtype, maps: int
 ) -> None:
-    """Maps that autograd's graph holds: x, the attention's result, e, perhaps its slope, and y."""
+    """Maps that autograd's graph holds: x, q and k, the attention's result, e and y, and of e's
+    activation the slope or not.
+    """
     block = ek.accelerate(
         iRMB(channels, channels, dim_head=24, attn_pre=True).to(dtype), backend="cpu"
     )

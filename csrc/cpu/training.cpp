@@ -169,6 +169,7 @@ void window_attention(const AttentionCall& call) {
   check(call.x && call.out, "window_attention: a null pointer");
   check(call.head_dim >= 1 && call.C % call.head_dim == 0 && call.threads >= 1,
         "window_attention: sizes");
+  check(call.qk == nullptr || call.qk_weight, "window_attention: q and k are x");
   launch(call);
 }
 
@@ -176,6 +177,7 @@ void window_attention_backward(const AttentionBackwardCall& call) {
   check(call.x && call.grad, "window_attention_backward: a null pointer");
   check(call.head_dim >= 1 && call.C % call.head_dim == 0 && call.threads >= 1,
         "window_attention_backward: sizes");
+  check(call.qk == nullptr || call.qk_weight, "window_attention_backward: q and k are x");
   launch(call);
 }
 

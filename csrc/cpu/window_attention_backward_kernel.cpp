@@ -1,8 +1,9 @@
 // Computes  the gradients of z = softmax(q k^T / sqrt(d)) v (window_attention) from g at z: with p
 //           the softmax, dv = p^T g, dp = g v^T, ds = p (dp - sum p dp) / sqrt(d), dq = ds k, dk =
 //           ds^T q, dn = dq Wq + dk Wk (+ dv where v is h), dWqk = [dq dk]^T h, then the norm's.
-// Tiling    as the forward's; q, k and p are recomputed, nothing of token x token size is kept.
-// Traffic   reads grad, x (and v) once, writes dx (and dv) once.
+// Tiling    as the forward's; p is recomputed, nothing of token x token size is kept, and q and k
+//           where the forward pass did not keep them.
+// Traffic   reads grad, x (and v, q and k) once, writes dx (and dv) once.
 // Numerics  as expand_backward's; the K half of the bias's gradient is zero and not computed.
 // Limits    any window, head size and map.
 #include "cpu/attention_windows.h"
@@ -33,7 +34,7 @@ struct Layout {
     constexpr int64_t P = kPanel<T>;
     const int64_t rows = plan.rows, d = c.head_dim, queries = min(kQueries, plan.tokens);
     padded = ceil_div(c.C, P) * P;
-    weights = HeadWeights<T>::at(shared, c.C, d, c.qk_weight != nullptr);
+    weights = HeadWeights<T>::at(shared, c.C, d, c.qk_weight && c.qk == nullptr);
     back = Blocked<T>::at(shared, c.qk_weight ? 2 * c.C : 0, c.C);
     norm = NormRows<T>::at(c.norm, c.C, c.eps, rows, shared, own);
     first_dn = shared.take<T>(c.windows == Windows::kBoth ? c.N * c.H * c.W * c.C : 0);
@@ -102,11 +103,16 @@ void attend_backward(const Layout<T>& l, int64_t row, int64_t d) {
   }
 }
 
-// q and k of one head, out of h.
-template <class T>
+// q and k of one head, as they were kept or out of h.
+template <class T, class S>
 void project(const Call& c, const Layout<T>& l, int64_t head, int64_t rows) {
   for (int64_t k = 0; k < 2; ++k) {
     const Blocked<T>& to = k == 0 ? l.q : l.k;
+    if (c.qk) {
+      gather(static_cast<const S*>(c.qk), 2 * c.C, k * c.C + head * c.head_dim, l.pixels, rows,
+             static_cast<const T*>(c.qk_bias), to);
+      continue;
+    }
     if (c.qk_weight == nullptr) {
       take_slice(l.h, head * c.head_dim, rows, to);
       continue;
@@ -215,7 +221,7 @@ void run_windows(const Call& c, const Layout<T>& l, const WindowPlan& plan, bool
     for (int64_t p = 0; p < l.dn.panels(); ++p) fill_zero(l.dn.panel(p) + i * P, P);
   }
   for (int64_t head = 0; head < l.weights.heads; ++head) {
-    project(c, l, head, rows);
+    project<T, S>(c, l, head, rows);
     const T* none = nullptr;
     gather(static_cast<const S*>(c.grad), Z, head * l.value_dim, l.pixels, rows, none, l.g);
     if (c.v) {
@@ -236,9 +242,11 @@ void run(const Call& call, const Share& share) {
   const Layout<T> l(call, shared, own);
   if (call.qk_weight) {
     const T* const weight = static_cast<const T*>(call.qk_weight);
-    each_of_mine(l.weights.heads, share, [&](int64_t head) {
-      l.weights.pack(weight, static_cast<const T*>(call.qk_bias), call.C, head);
-    });
+    if (call.qk == nullptr) {
+      each_of_mine(l.weights.heads, share, [&](int64_t head) {
+        l.weights.pack(weight, static_cast<const T*>(call.qk_bias), call.C, head);
+      });
+    }
     each_of_mine(l.back.panels(), share,
                  [&](int64_t p) { pack_straight(weight, 2 * call.C, l.back, p); });
   }

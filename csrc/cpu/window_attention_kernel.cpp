@@ -3,7 +3,7 @@
 //           dropped as queries.
 // Tiling    windows are gathered, up to 196 rows at a time; per head q and k are GEMMs over all of
 //           them, scores and result GEMMs over one window and up to 112 queries: all in L2.
-// Traffic   reads x (and v) once, writes z once.
+// Traffic   reads x (and v) once, writes z once, and q and k where they are kept.
 // Numerics  the row maximum is subtracted; the same bits for any split.
 // Limits    any window, head size and map.
 #include "cpu/attention_windows.h"
@@ -93,6 +93,10 @@ void run_windows(const Call& c, const Layout<T>& l, const WindowPlan& plan, bool
                            l.weights.bias_of(head, k) + p * P, false},
                           to.width(p));
       }
+    }
+    if (c.qk && !add) {
+      scatter(l.q, l.pixels, rows, false, head * d, static_cast<S*>(c.qk), 2 * c.C);
+      scatter(l.k, l.pixels, rows, false, c.C + head * d, static_cast<S*>(c.qk), 2 * c.C);
     }
     if (c.v) {
       gather(static_cast<const S*>(c.v), c.M, head * l.value_dim, l.pixels, rows,

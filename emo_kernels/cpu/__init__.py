@@ -57,6 +57,7 @@ from emo_kernels.cpu.window_attention import (
     window_attention,
     window_attention_backward,
     window_attention_unsupported,
+    window_attention_with_maps,
 )
 
 __all__ = [
@@ -100,4 +101,5 @@ __all__ = [
     "window_attention",
     "window_attention_backward",
     "window_attention_unsupported",
+    "window_attention_with_maps",
 ]

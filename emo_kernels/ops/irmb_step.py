@@ -31,6 +31,7 @@ from emo_kernels.ops.shrink import statistics as shrink_statistics
 from emo_kernels.ops.squeeze import squeeze, squeeze_backward
 from emo_kernels.ops.window_attention import backward as window_attention_backward
 from emo_kernels.ops.window_attention import forward as window_attention_forward
+from emo_kernels.ops.window_attention import with_maps as window_attention_with_maps
 from emo_kernels.spec import BatchNormMode, IRMBSpec, IRMBWeights, activate
 
 _NORM = ("norm_weight", "norm_bias")
@@ -76,6 +77,7 @@ class Maps(NamedTuple):
     """What the backward pass needs of the forward pass, besides x and the weights."""
 
     s: Tensor  # (N, C, H, W) behind the attention; x without
+    qk: Tensor | None  # (N, 2C, H, W), the attention's q and k, where they are kept
     e: Tensor | None  # (N, M, H, W) expanded; None: s without expansion, else to be computed again
     slope: Tensor | None  # (N, M, H, W) of the expansion's activation, where it is kept
     y: Tensor  # (N, M, H', W') behind the convolution
@@ -131,7 +133,7 @@ class Step:
         norm = None
         if spec.norm == "batch":
             norm = self._normalize_input(x, known.sums)
-        s = self._attend(x, norm)
+        s, qk = self._attend(x, norm)
         e, slope, y, sums = self._convolve(s, norm)
         parameters = (w.bn_weight, w.bn_bias, w.bn_mean, w.bn_var)
         if sums is not None:
@@ -146,7 +148,7 @@ class Step:
         local = e if spec.skip else None
         residual = x if spec.skip and plan.adds_residual else None
         tensors = (y, self.proj, scale, shift, local, residual, gate, self.drop_scale)
-        maps = Maps(s, None if e is s else e, slope, y, norm, bn, means)
+        maps = Maps(s, qk, None if e is s else e, slope, y, norm, bn, means)
         if known.next_sums:
             return *shrink_statistics(*tensors, known.next_pivot, self.backend), maps
         return shrink_forward(*tensors, self.backend), None, maps
@@ -178,11 +180,15 @@ class Step:
         windows = (spec.head_dim, spec.window_size, spec.window_mode)
         return (*windows, *self._norm_arguments(norm)[2:], *v, self.backend)
 
-    def _attend(self, x: Tensor, norm: Statistics | None) -> Tensor:
+    def _attend(self, x: Tensor, norm: Statistics | None) -> tuple[Tensor, Tensor | None]:
+        """(s, q and k where they are kept)."""
         if not self.attends:
-            return x
+            return x, None
         tensors, options = self._attention_tensors(norm), self._attention_options(norm)
-        return window_attention_forward(x, *tensors, *options)
+        projects = self.weights.qk_weight is not None
+        if projects and backends.has(self.backend, "window_attention_with_maps"):
+            return window_attention_with_maps(x, *tensors, *options)
+        return window_attention_forward(x, *tensors, *options), None
 
     def _expand_arguments(self, norm: Statistics | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """(tensors behind the map, options) of the expansion."""
@@ -291,7 +297,7 @@ class Step:
                 skip = (grad, self.proj, self.drop_scale) if self.recomputes_local else 3 * (None,)
                 dx = self._expand_backward(dx, maps, at_x, skip, wants, grads)
         if below and self.attends:
-            dx = self._attend_backward(dx, x, norm, first, wants, grads)
+            dx = self._attend_backward(dx, x, maps, first, wants, grads)
         if not (self.expands or self.attends) and dx is not None and residual is not None:
             dx = dx + residual
         if below and norm is not None:
@@ -430,19 +436,20 @@ class Step:
         self,
         grad: Tensor | None,
         x: Tensor,
-        norm: Statistics | None,
+        maps: Maps,
         at_x: tuple[Any, ...],
         wants: set[str],
         grads: dict[str, Any],
     ) -> Tensor:
-        affine, residual = at_x
-        tensors, options = self._attention_tensors(norm), self._attention_options(norm)
+        affine = at_x[0]
+        tensors = self._attention_tensors(maps.norm)
+        options = self._attention_options(maps.norm)
         names = ("qk_weight", "qk_bias", "v_weight", "v_bias")
         asked = [True, *self._asked(names, wants)]
         if not self.attends_over_v:
             asked[3:] = [False, False]
         asked += self._asked_of_norm(affine, wants)
-        found = window_attention_backward(grad, x, *tensors, affine, residual, asked, *options)
+        found = window_attention_backward(grad, x, *tensors, *at_x, maps.qk, asked, *options)
         dx, *parameters = spread(found, asked)
         grads |= {n: g for n, g in zip(names, parameters[:4], strict=True) if g is not None}
         self._keep_norm(affine, parameters[4:], grads)

@@ -1,10 +1,10 @@
 """A training step through the whole block: the kernels of one backend, forward and backward.
 
-Saved between the two: the input x, the attention's result s, the expanded map e (and the slope of
-its activation where the backend wants that), the convolution's result y and four numbers a channel
-for each batch norm. Recomputed: norms, q, k, the softmax, the other pre-activations, the
-activations behind the convolution, and every other derivative. Of the expanded width the backward
-pass writes two maps, dz and the gradient at e.
+Saved between the two: the input x, the attention's result s, the expanded map e, the convolution's
+result y, four numbers a channel for each batch norm, and, where the backend wants them, q, k and
+the slope of the expansion's activation. Recomputed: norms, else q and k, the softmax, the other
+pre-activations, the activations behind the convolution, and every other derivative. Of the expanded
+width the backward pass writes two maps, dz and the gradient at e.
 """
 
 from __future__ import annotations
@@ -88,29 +88,30 @@ def _forward_pass(
     next_pivot: Tensor | None,
     *weights: Tensor | None,
 ) -> Tensors:
-    """(out, its sums, s where it is not x, e, slope, y, means, affine and total of each norm)."""
+    """(out, its sums, s where not x, qk, e, slope, y, means, affine and total of each norm)."""
     step = Step(plan, IRMBWeights._make(weights), drop_scale)
     out, out_sums, maps = step.forward(x, Neighbours(sums, next_sums, next_pivot))
     s = None if maps.s is x else maps.s
     norm = (None, None) if maps.norm is None else maps.norm[::2]
-    return out, out_sums, s, maps.e, maps.slope, maps.y, maps.means, *norm, *maps.bn[::2]
+    return out, out_sums, s, maps.qk, maps.e, maps.slope, maps.y, maps.means, *norm, *maps.bn[::2]
 
 
-_SAVED = 2 + 9  # x, drop_scale and the maps of _forward_pass, which the weights follow
+_SAVED = 2 + 10  # x, drop_scale and the maps of _forward_pass, which the weights follow
 
 
 def _backward_pass(
     plan: Plan, needed: tuple[bool, ...], grad: Tensor, *saved: Tensor | None
 ) -> Tensors:
     """The gradients of x, drop_scale and the weights, where they are needed."""
-    x, drop_scale, s, e, slope, y, means, norm_affine, norm_total, affine, total = saved[:_SAVED]
+    x, drop_scale, s, qk, e, slope, y, means, *of_norms = saved[:_SAVED]
+    norm_affine, norm_total, affine, total = of_norms
     assert x is not None and y is not None and affine is not None
     weights = IRMBWeights._make(saved[_SAVED:])
     norm = None
     if norm_affine is not None:
         norm = Statistics(norm_affine, batch_norm.pixel_count(x), norm_total)
     bn = Statistics(affine, batch_norm.pixel_count(y), total)
-    maps = Maps(x if s is None else s, e, slope, y, norm, bn, means)
+    maps = Maps(x if s is None else s, qk, e, slope, y, norm, bn, means)
     names = ("x", "drop_scale", *IRMBWeights._fields)
     wants = {n for n, is_needed in zip(names, needed, strict=True) if is_needed}
     step = Step(plan, weights, drop_scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from emo_kernels.ops import checks
-from emo_kernels.ops.registration import Operator
+from emo_kernels.ops.registration import Operator, define_kernel, empty_map
 from emo_kernels.spec import ACTIVATIONS, WINDOW_MODES
 
 
@@ -21,17 +21,30 @@ def _output_shape(
     return (n, c if v_weight is None else v_weight.shape[0], h, w)
 
 
+def _with_maps(x: Tensor, *tensors: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
+    n, c, h, w = x.shape
+    return empty_map(x, _output_shape(x, *tensors)), empty_map(x, (n, 2 * c, h, w))
+
+
+_TENSORS = (
+    "Tensor x, Tensor? qk_weight, Tensor? qk_bias, Tensor? v_weight, Tensor? v_bias, "
+    "Tensor? norm_weight, Tensor? norm_bias"
+)
+_OPTIONS = (
+    "int head_dim, int window_size, str window_mode, str norm, float eps, str v_act, int v_groups"
+)
 _operator = Operator(
     "window_attention",
-    tensors="Tensor x, Tensor? qk_weight, Tensor? qk_bias, Tensor? v_weight, Tensor? v_bias, "
-    "Tensor? norm_weight, Tensor? norm_bias",
-    options="int head_dim, int window_size, str window_mode, str norm, float eps, str v_act, "
-    "int v_groups",
+    tensors=_TENSORS,
+    options=_OPTIONS,
     shape=_output_shape,
-    extras="Tensor? affine, Tensor? residual",
+    extras="Tensor? affine, Tensor? residual, Tensor? qk",
     norm_at=5,
 )
 forward, backward = _operator.forward, _operator.backward_op
+with_maps = define_kernel(
+    "window_attention_with_maps", _TENSORS, _OPTIONS, "(Tensor, Tensor)", _with_maps
+)
 
 
 def check_heads(operator: str, c: int, m: int | None, head_dim: int) -> None:

@@ -38,7 +38,11 @@ from emo_kernels.reference.irmb import irmb
 from emo_kernels.reference.norm_pool_linear import norm_pool_linear
 from emo_kernels.reference.shrink import shrink, shrink_backward, shrink_statistics
 from emo_kernels.reference.squeeze import squeeze, squeeze_backward
-from emo_kernels.reference.window_attention import window_attention, window_attention_backward
+from emo_kernels.reference.window_attention import (
+    window_attention,
+    window_attention_backward,
+    window_attention_with_maps,
+)
 
 __all__ = [
     "batch_norm_activate",
@@ -68,4 +72,5 @@ __all__ = [
     "squeeze_backward",
     "window_attention",
     "window_attention_backward",
+    "window_attention_with_maps",
 ]

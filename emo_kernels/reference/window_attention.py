@@ -193,6 +193,23 @@ def window_attention(
     return crop(z, height, width)
 
 
+def window_attention_with_maps(
+    x: Tensor,
+    qk_weight: Tensor,
+    qk_bias: Tensor | None,
+    v_weight: Tensor | None,
+    v_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """:func:`window_attention`, and q and k of its pixels, (N, 2C, H, W): for the gradient."""
+    norms = (norm_weight, norm_bias)
+    z = window_attention(x, qk_weight, qk_bias, v_weight, v_bias, *norms, **options)
+    h = normalize(x, *norms, norm=options["norm"], eps=options["eps"])
+    return z, F.conv2d(h, qk_weight, qk_bias)
+
+
 def window_attention_backward(
     grad: Tensor,
     x: Tensor,
@@ -204,13 +221,15 @@ def window_attention_backward(
     norm_bias: Tensor | None = None,
     affine: Tensor | None = None,
     residual: Tensor | None = None,
+    qk: Tensor | None = None,
     *,
     needed: Sequence[bool],
     **options: Any,
 ) -> list[Tensor]:
     """Gradients of the seven tensors of :func:`window_attention`, those that are needed.
 
-    ``affine`` and ``residual`` are as in :func:`emo_kernels.reference.expand_backward`.
+    ``affine`` and ``residual`` are as in :func:`emo_kernels.reference.expand_backward`; qk is what
+    :func:`window_attention_with_maps` gave, for a backend that reads it, or None.
     """
     if affine is None:
         tensors = (x, qk_weight, qk_bias, v_weight, v_bias, norm_weight, norm_bias)

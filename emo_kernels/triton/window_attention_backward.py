@@ -46,11 +46,12 @@ def window_attention_backward(
     norm_bias: Tensor | None = None,
     affine: Tensor | None = None,
     residual: Tensor | None = None,
+    _qk: Tensor | None = None,
     *,
     needed: Sequence[bool],
     **options: Any,
 ) -> list[Tensor]:
-    """As :func:`emo_kernels.reference.window_attention_backward`."""
+    """As :func:`emo_kernels.reference.window_attention_backward`; q and k are computed again."""
     tensors = (x, qk_weight, qk_bias, v_weight, v_bias, norm_weight, norm_bias)
     if x.numel() == 0:
         return _nothing(tensors, affine, needed)
