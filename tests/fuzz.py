@@ -88,6 +88,12 @@ def draws_of(row: Row) -> int:
     return -(-ENOUGH_PIXELS // pixels) if pixels else 1
 
 
+def fewest_numbers(case: Case) -> int:
+    """Of the case's gradients, those that are not zero by structure."""
+    sizes = {name: case.tensors[name].numel() for name in case.differentiable()}
+    return min(size // 2 if name == "qk_bias" else size for name, size in sizes.items())
+
+
 def has_fair_gradients(row: Row, case: Case, dtype: torch.dtype) -> bool:
     """Whether gradients are a fair comparison over the draws of a row; all are in fp64.
 
@@ -96,9 +102,7 @@ def has_fair_gradients(row: Row, case: Case, dtype: torch.dtype) -> bool:
     """
     if dtype == torch.float64:
         return True
-    sizes = {name: case.tensors[name].numel() for name in case.differentiable()}
-    live = [size // 2 if name == "qk_bias" else size for name, size in sizes.items()]
-    return min(live) >= FEW_NUMBERS and (row.act != "relu" or dtype == torch.float32)
+    return fewest_numbers(case) >= FEW_NUMBERS and (row.act != "relu" or dtype == torch.float32)
 
 
 @contextmanager

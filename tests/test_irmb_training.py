@@ -40,9 +40,9 @@ FEW = shapes.rows(
 SIXTEEN_BITS = ("no_skip", "1m_stage0_small", "ragged_c21", "batch_5")
 
 
-def training_case(row: Row) -> Case:
+def training_case(row: Row, *, seed: int = 0) -> Case:
     """The row's block with stochastic depth where it has skips."""
-    case = irmb_case(row)
+    case = irmb_case(row, seed=seed)
     drop = 1.25 * (torch.arange(row.n) % 3 != 1).double() if row.skip else None
     tensors = {**case.tensors, "drop_scale": drop}
     return Case(tensors, case.options, case.dead, (*case.constant, "drop_scale"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +85,13 @@ def shard_a_block(rank: int, backend: str, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+def blocks_and_stems() -> Iterator[Any]:
+    """Every backend's block; the stem of those that train it: PyTorch's would need a GPU here."""
+    for stem, operator in ((False, "irmb_training"), (True, "conv_norm_act_training")):
+        for backend in implementing(operator):
+            yield pytest.param(backend, stem, id=f"{backend}-{'stem' if stem else 'block'}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", implementing("irmb_training"))
 def test_fully_sharded_parameters(backend: str) -> None:
@@ -97,8 +106,7 @@ def test_fully_sharded_parameters(backend: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
-@pytest.mark.parametrize("stem", [False, True], ids=["block", "stem"])
-@pytest.mark.parametrize("backend", implementing("irmb_training"))
+@pytest.mark.parametrize(("backend", "stem"), list(blocks_and_stems()))
 def test_two_processes_are_one_batch(backend: str, stem: bool) -> None:
     if device_of(backend) == "cuda":
         pytest.skip("two processes on one GPU: gloo on CPU tensors shows the same collectives")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import oracle
 import pytest
 import torch
-from cases import integers
+from cases import CASES, function, integers
 from fuzz import FuzzContract
 from grid import over, refusal
-from numerics import Case, run
+from numerics import Case, check_draws, run
 from rejects import RejectContract, spoiled, without
 from shapes import Row
 from torch import Tensor
 from transforms import TransformContract
+
+from emo_kernels import _C, ops, reference
 
 
 class TestWindowAttention(TransformContract, RejectContract, FuzzContract):
@@ -221,3 +224,14 @@ class TestWindowAttention(TransformContract, RejectContract, FuzzContract):
     def test_a_window_of_zero_or_less_is_the_whole_map(self) -> None:
         good = spoiled(self.good(), window_size=0)
         assert torch.equal(self.call(good), self.call(spoiled(good, window_size=-1)))
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+def test_a_window_of_padding(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """61 of 64 keys score the same: a long chain of equal terms would round one way."""
+    monkeypatch.setenv("EMO_KERNELS_ISA", isa)
+    row = Row("padding", c=16, m=16, o=16, h=1, w=17, n=1, head_dim=16, window=8, qk_proj=False)
+    cases = [CASES["window_attention"](row, seed=seed) for seed in range(8)]
+    kernel = function("window_attention", ops.window_attention, backend="cpu")
+    plain = function("window_attention", reference.window_attention)
+    check_draws(kernel, plain, cases, torch.float32, oracle=oracle.window_attention, name=isa)

@@ -13,6 +13,7 @@
 #include "cpu/normalize.h"
 #include "cpu/pack.h"
 #include "cpu/panels.h"
+#include "cpu/row_sum.h"
 
 namespace emo_kernels::cpu {
 namespace {
@@ -287,14 +288,14 @@ void Attention<Ty>::softmax_row(T* scores, Term* weights) {
     most = max(most, v);
   });
   const T largest = max_lanes<V, T>(most), scale = static_cast<T>(a_.scale);
-  V sum{};
+  RowSum<T> sum;
   each([&](T* s, int64_t count) __attribute__((always_inline)) {
     V e = exponential<T>((load<V>(s) - largest) * scale);
     if (count < kLanes) e = first_lanes<V, T>(e, count);
-    sum += e;
+    sum.next() += e;
     store(s, e);
   });
-  const T inverse = T(1) / sum_lanes<V, T>(sum);
+  const T inverse = T(1) / sum.total();
   each([&](T* s, int64_t) __attribute__((always_inline)) {
     store_as(weights + (s - scores), load<V>(s) * inverse);
   });

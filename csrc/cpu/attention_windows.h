@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/norm_rows.h"
+#include "cpu/row_sum.h"
 #include "cpu/threads.h"
 
 namespace emo_kernels::cpu {
@@ -228,14 +229,14 @@ void softmax_row(T* scores, int64_t tokens, int64_t stride, T scale) {
     most = max(most, v);
   });
   const T largest = max_lanes<V, T>(most);
-  V sum{};
+  RowSum<T> sum;
   each_score<T>(tokens, stride, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
     V e = exponential<T>((load<V>(scores + at) - largest) * scale);
     if (count < kLanes) e = first_lanes<V, T>(e, count);
-    sum += e;
+    sum.next() += e;
     store(scores + at, e);
   });
-  const T inverse = T(1) / sum_lanes<V, T>(sum);
+  const T inverse = T(1) / sum.total();
   each_score<T>(tokens, stride, [&](int64_t at, int64_t) __attribute__((always_inline)) {
     store(scores + at, load<V>(scores + at) * inverse);
   });
@@ -246,13 +247,14 @@ template <class T>
 void softmax_row_backward(const T* p, T* dp, int64_t tokens, int64_t stride, T scale) {
   constexpr int kLanes = kLanesOf<T>;
   using V = Vec<T, kLanes>;
-  V sum{};
+  RowSum<T> sum;
   each_score<T>(tokens, stride, [&](int64_t at, int64_t count) __attribute__((always_inline)) {
     V d = load<V>(dp + at);
     if (count < kLanes) d = first_lanes<V, T>(d, count);
-    sum = fma(load<V>(p + at), d, sum);
+    V& part = sum.next();
+    part = fma(load<V>(p + at), d, part);
   });
-  const T dot = sum_lanes<V, T>(sum);
+  const T dot = sum.total();
   each_score<T>(tokens, stride, [&](int64_t at, int64_t) __attribute__((always_inline)) {
     store(dp + at, load<V>(p + at) * (load<V>(dp + at) - dot) * scale);
   });

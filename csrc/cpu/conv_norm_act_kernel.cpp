@@ -8,9 +8,11 @@
 //           1.8 MB for 16.3 MFLOP, 9 FLOP/byte.
 // Numerics  a sum over rows, channels and columns of taps, in that order, in the element type;
 //           bias and batch norm as one scale and shift, made in fp64, behind it. Up to 14 pixels
-//           are summed in the element type, as they are stored, those sums in double.
+//           are summed in the element type, as they are stored and around a mean (moments.h),
+//           those sums in double.
 // Limits    fp32 and bf16 (fp64 at portable width); ungrouped; kernels up to 64 taps a side.
 #include "cpu/conv_tiles.h"
+#include "cpu/moments.h"
 #include "cpu/params.h"
 #include "cpu/threads.h"
 
@@ -20,10 +22,10 @@ namespace {
 template <class T>
 struct Layout {
   ConvPanels<T> panels;
-  int64_t Ho, Wo, terms;               // terms: of a row of taps
-  T *weights, *scale, *shift, *pivot;  // shared: panels of kConvPanel channels
-  int64_t* offsets;                    // shared
-  double* totals;                      // own, as what follows: [2][channels]
+  int64_t Ho, Wo, terms;       // terms: of a row of taps
+  T *weights, *scale, *shift;  // shared: panels of kConvPanel channels
+  int64_t* offsets;            // shared
+  Moments<T> moments;          // own, as what follows
   ImageRows<T> ring;
 
   Layout(const ConvNormActCall& c, Places& shared, Places& own)
@@ -34,9 +36,8 @@ struct Layout {
         weights(shared.take<T>(channels() * c.K * terms)),
         scale(shared.take<T>(channels())),
         shift(shared.take<T>(channels())),
-        pivot(shared.take<T>(channels())),
         offsets(shared.take<int64_t>(terms)),
-        totals(own.take<double>(2 * channels())),
+        moments(Moments<T>::at(own, channels())),
         ring(c, own) {}
   int64_t channels() const { return panels.count * kConvPanel<T>; }
 };
@@ -51,7 +52,9 @@ ScratchBytes scratch(const ConvNormActCall& call) {
 template <class T, class S>
 class Convolution {
  public:
-  Convolution(const ConvNormActCall& call, const Layout<T>& layout) : c_(call), l_(layout) {}
+  // Of rows from `first` on, counted over all images.
+  Convolution(const ConvNormActCall& call, const Layout<T>& layout, int64_t first)
+      : c_(call), l_(layout), first_(first) {}
 
   // Panel p's weights as (tap row, channel, tap column, width), its scale and its shift.
   void pack(int64_t p) const {
@@ -93,7 +96,6 @@ class Convolution {
 
   void pack_affine(int64_t o) const {
     double scale = 0.0, shift = 0.0;
-    l_.pivot[o] = c_.pivot && o < c_.O ? static_cast<const T*>(c_.pivot)[o] : T(0);
     if (o < c_.O) {
       const auto at = [&](const Param& values, T absent) -> double {
         return element<T>(values, o, absent);
@@ -123,14 +125,16 @@ class Convolution {
     row.step = c_.stride * l_.ring.column_stride;
     row.scale = l_.scale + p * P;
     row.shift = l_.shift + p * P;
-    row.pivot = l_.pivot + p * P;
-    row.sums = c_.sums ? l_.totals + p * P : nullptr;
-    row.squares = l_.totals + l_.channels() + p * P;
+    const bool first = n * l_.Ho + y == first_;
+    row.pivot = l_.moments.pivot + p * P;
+    row.sums = c_.sums && !first ? l_.moments.sums + p * P : nullptr;
+    row.squares = l_.moments.squares + p * P;
     row.stride = c_.O;
     row.out = static_cast<S*>(c_.out) + (n * l_.Ho + y) * l_.Wo * c_.O + p * P;
     row.columns = l_.Wo;
     row.act = c_.act;
     with_conv_shape<T>(row.channels, [&](auto shape) { convolve<decltype(shape)>(row); });
+    if (c_.sums && first) l_.moments.begin(row.out, l_.Wo, c_.O, p * P, row.channels);
   }
 
   template <class Shape>
@@ -143,25 +147,25 @@ class Convolution {
 
   const ConvNormActCall& c_;
   const Layout<T>& l_;
+  const int64_t first_;
 };
 
 template <class T, class S>
 void run(const ConvNormActCall& call, const Share& share) {
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
   const Layout<T> l(call, shared, own);
-  const Convolution<T, S> convolution(call, l);
+  const int64_t rows = call.N * l.Ho;
+  const Convolution<T, S> convolution(call, l, share_of(rows, share.thread, share.threads));
   each_of_mine(l.panels.count, share, [&](int64_t p) { convolution.pack(p); });
   if (share.thread == 0) convolution.pack_offsets();
   l.ring.clear();
-  fill_zero(l.totals, 2 * l.channels());
+  l.moments.clear(l.channels());
   team_barrier();
   each_band(call.N, l.Ho, share,
             [&](int64_t n, int64_t first, int64_t last) { convolution.rows(n, first, last); });
   if (call.sums == nullptr) return;
   team_barrier();
-  each_of_mine(2 * call.O, share, [&](int64_t i) {
-    call.sums[i] = total(l.totals + i / call.O * l.channels() + i % call.O, share);
-  });
+  l.moments.publish(call.O, call.pivot, call.sums, rows, l.Wo, share);
 }
 
 template <class T, class S>

@@ -4,9 +4,11 @@
 //           of channels, as many panels at a time as keep the ring in the L2 cache.
 // Traffic   reads x once (plus halo rows between threads), writes y once; bound by memory at K = 3.
 // Numerics  a sum over the taps in row-major order in the type it computes in; up to 8 columns are
-//           summed in it, as they are stored, those sums in double; threads in order.
+//           summed in it, as they are stored and around a mean (moments.h), those sums in double;
+//           threads in order.
 // Limits    kernels up to 64 taps a side.
 #include "cpu/depthwise_rings.h"
+#include "cpu/moments.h"
 #include "cpu/threads.h"
 
 namespace emo_kernels::cpu {
@@ -15,22 +17,21 @@ namespace {
 template <class T>
 struct Layout {
   int64_t Ho, Wo, panels, group;  // panels of channels in all, and at a time
-  T *weights, *pivot, *zeros;     // shared
+  T *weights, *zeros;             // shared
   Ring<T> ring;                   // own, as what follows
-  double* totals;                 // [2][C]
+  Moments<T> moments;
 
   Layout(const DepthwiseCall& c, Places& shared, Places& own)
       : Ho(output_rows(c)), Wo(output_columns(c)), panels(ceil_div(c.C, kPanel<T>)) {
     constexpr int64_t P = kPanel<T>;
     weights = shared.take<T>(panels * c.K * c.K * P);
-    pivot = shared.take<T>(panels * P);
     zeros = shared.take<T>(P);
     ring.before = c.padding;
     ring.rows = (c.K - 1) * c.dilation + 1;
     ring.columns = max(c.W + 2 * c.padding, (Wo - 1) * c.stride + ring.rows);
     const int64_t bytes = ring.panel_stride() * static_cast<int64_t>(sizeof(T));
     group = max<int64_t>(1, min(panels, kRingBytes / bytes));
-    totals = own.take<double>(2 * panels * P);  // first: the others read it there
+    moments = Moments<T>::at(own, panels * P);
     ring.data = own.take<T>(group * ring.panel_stride() + P);
   }
 };
@@ -45,13 +46,14 @@ ScratchBytes scratch(const DepthwiseCall& call) {
 template <class T, class S>
 class Convolution {
  public:
-  Convolution(const DepthwiseCall& call, const Layout<T>& layout)
+  // Of rows from `first` on, counted over all images.
+  Convolution(const DepthwiseCall& call, const Layout<T>& layout, int64_t first)
       : c_(call),
         l_(layout),
-        run_(c_.sums
-                 ? depthwise_row_for<T, MapEpilogue<T, S, true>>(c_.K, c_.stride, c_.dilation)
-                 : depthwise_row_for<T, MapEpilogue<T, S, false>>(c_.K, c_.stride, c_.dilation)) {
-    fill_zero(l_.totals, 2 * l_.panels * P);
+        first_(first),
+        plain_(depthwise_row_for<T, MapEpilogue<T, S, false>>(c_.K, c_.stride, c_.dilation)),
+        summed_(depthwise_row_for<T, MapEpilogue<T, S, true>>(c_.K, c_.stride, c_.dilation)) {
+    l_.moments.clear(l_.panels * P);
     fill_zero(l_.ring.data, l_.group * l_.ring.panel_stride() + P);
   }
 
@@ -98,23 +100,24 @@ class Convolution {
     row.width = min<int64_t>(P, c_.C - p * P);
     row.map = static_cast<S*>(c_.y) + (n * l_.Ho + y) * l_.Wo * c_.C + p * P;
     row.column_stride = c_.C;
-    if (c_.sums) {
-      row.pivot = l_.pivot + p * P;
-      row.sums = l_.totals + p * P;
-      row.squares = row.sums + l_.panels * P;
-    }
+    row.pivot = l_.moments.pivot + p * P;
+    row.sums = l_.moments.sums + p * P;
+    row.squares = l_.moments.squares + p * P;
     for (int64_t t = 0; t < c_.K; ++t) {
       const int64_t in_y = y * c_.stride - c_.padding + t * c_.dilation;
       if (in_y < 0 || in_y >= c_.H) continue;
       if (row.taps == 0) row.first_tap = t;
       row.rows[row.taps++] = l_.ring.row(g, in_y);
     }
-    run_(row);
+    const bool first = n * l_.Ho + y == first_;
+    (c_.sums && !first ? summed_ : plain_)(row);
+    if (c_.sums && first) l_.moments.begin(row.map, l_.Wo, c_.C, p * P, row.width);
   }
 
   const DepthwiseCall& c_;
   const Layout<T>& l_;
-  const DepthwiseRowFunction<T> run_;
+  const int64_t first_;
+  const DepthwiseRowFunction<T> plain_, summed_;
 };
 
 template <class T, class S>
@@ -122,19 +125,18 @@ void run(const DepthwiseCall& call, const Share& share) {
   constexpr int64_t P = kPanel<T>;
   Places shared{share.shared}, own{share.own + share.thread * share.own_bytes};
   const Layout<T> l(call, shared, own);
-  const T *weight = static_cast<const T*>(call.weight), *pivot = static_cast<const T*>(call.pivot);
+  const T* const weight = static_cast<const T*>(call.weight);
   const int64_t last = share_of(l.panels, share.thread + 1, share.threads);
   for (int64_t p = share_of(l.panels, share.thread, share.threads); p < last; ++p) {
     pack_taps<T>(weight, call.C, call.K, p * P, call.K * call.K,
                  l.weights + p * call.K * call.K * P, [](int64_t t) { return t; });
-    copy_padded<T>(pivot ? pivot + p * P : nullptr, min<int64_t>(P, call.C - p * P),
-                   l.pivot + p * P, P);
   }
   if (share.thread == 0) fill_zero(l.zeros, P);
-  Convolution<T, S> convolution(call, l);
-  team_barrier();
   const int64_t total = call.N * l.Ho, end = share_of(total, share.thread + 1, share.threads);
-  for (int64_t row = share_of(total, share.thread, share.threads); row < end;) {
+  const int64_t begin = share_of(total, share.thread, share.threads);
+  Convolution<T, S> convolution(call, l, begin);
+  team_barrier();
+  for (int64_t row = begin; row < end;) {
     const int64_t n = row / l.Ho, first = row - n * l.Ho, stop = min(l.Ho, first + end - row);
     for (int64_t p = 0; p < l.panels; p += l.group) {
       convolution.rows(n, first, stop, p, min(l.panels, p + l.group));
@@ -143,17 +145,7 @@ void run(const DepthwiseCall& call, const Share& share) {
   }
   if (call.sums == nullptr) return;
   team_barrier();
-  const int64_t channels = share_of(call.C, share.thread + 1, share.threads);
-  for (int64_t c = share_of(call.C, share.thread, share.threads); c < channels; ++c) {
-    for (int64_t k = 0; k < 2; ++k) {
-      double sum = 0.0;
-      for (int t = 0; t < share.threads; ++t) {
-        sum +=
-            reinterpret_cast<const double*>(share.own + t * share.own_bytes)[k * l.panels * P + c];
-      }
-      call.sums[k * call.C + c] = sum;
-    }
-  }
+  l.moments.publish(call.C, call.pivot, call.sums, total, l.Wo, share);
 }
 
 template <class T, class S>

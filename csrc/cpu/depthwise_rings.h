@@ -50,7 +50,7 @@ struct MapRow : DepthwiseRow<T> {
   int64_t column_stride;   // elements between neighbouring columns
   const S* add;            // laid out as the map, null: nothing
   const T* pivot;          // [panel]
-  double *sums, *squares;  // [panel], of what is written less the pivot; null: none
+  double *sums, *squares;  // [panel], of what is written less the pivot
 };
 
 template <class T, class S, bool kSums>

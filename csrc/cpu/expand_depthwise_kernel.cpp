@@ -9,6 +9,7 @@
 //           split.
 // Limits    ungrouped; kernels up to 64 taps a side.
 #include "cpu/depthwise_rings.h"
+#include "cpu/moments.h"
 #include "cpu/norm_rows.h"
 #include "cpu/threads.h"
 
@@ -35,9 +36,9 @@ struct Layout {
   static constexpr int64_t P = kPanel<T>;
   int64_t Ho, Wo, taps, rows, panels;  // rows: of a band, at most
   Blocked<E> weight;                   // shared, as what follows: the transpose, (C, M)
-  T *bias, *filters, *pivot, *zeros;
+  T *bias, *filters, *zeros;
   NormRows<T> norm;
-  double* totals;  // own, as what follows: [2][panels * P]
+  Moments<T> moments;  // own, as what follows
   Blocked<E> n;
   T* tile;
   Ring<T> band, above;  // of one panel; of each, the rows in front of the band
@@ -62,9 +63,8 @@ struct Layout {
     weight = Blocked<E>::at(shared, C, call.expand.M);
     bias = shared.take<T>(panels * P);
     filters = shared.take<T>(panels * taps * P);
-    pivot = shared.take<T>(panels * P);
     zeros = shared.take<T>(P);
-    totals = own.take<double>(2 * panels * P);
+    moments = Moments<T>::at(own, panels * P);
     norm = NormRows<T>::at(call.expand.norm, C, call.expand.eps, pixels, shared, own);
     n = Blocked<E>::at(own, pixels, C);
     tile = own.take<T>((pixels + kMostGemmRows) * P);
@@ -91,10 +91,9 @@ class Convolution {
       : x_(call.expand),
         c_(call.depthwise),
         l_(layout),
-        run_(c_.sums
-                 ? depthwise_row_for<T, MapEpilogue<T, S, true>>(c_.K, c_.stride, c_.dilation)
-                 : depthwise_row_for<T, MapEpilogue<T, S, false>>(c_.K, c_.stride, c_.dilation)) {
-    fill_zero(l_.totals, 2 * l_.panels * P);
+        plain_(depthwise_row_for<T, MapEpilogue<T, S, false>>(c_.K, c_.stride, c_.dilation)),
+        summed_(depthwise_row_for<T, MapEpilogue<T, S, true>>(c_.K, c_.stride, c_.dilation)) {
+    l_.moments.clear(l_.panels * P);
     fill_zero(l_.band.data, l_.band.panel_stride() + P);
     fill_zero(l_.above.data, l_.panels * l_.above.panel_stride() + P);
   }
@@ -102,6 +101,7 @@ class Convolution {
   // Rows [y0, y1) of all images' y.
   void rows(int64_t y0, int64_t y1) {
     if (y0 == y1) return;
+    first_ = y0;
     const bool last = y1 == c_.N * l_.Ho;
     mine_ = last ? c_.N * c_.H : first_row(c_, l_.Ho, y1);
     const int64_t begin = y0 == 0 ? 0 : first_row(c_, l_.Ho, y0);
@@ -194,24 +194,24 @@ class Convolution {
     row.width = min<int64_t>(P, c_.C - p * P);
     row.map = static_cast<S*>(c_.y) + y * l_.Wo * c_.C + p * P;
     row.column_stride = c_.C;
-    if (c_.sums) {
-      row.pivot = l_.pivot + p * P;
-      row.sums = l_.totals + p * P;
-      row.squares = row.sums + l_.panels * P;
-    }
+    row.pivot = l_.moments.pivot + p * P;
+    row.sums = l_.moments.sums + p * P;
+    row.squares = l_.moments.squares + p * P;
     for (int64_t t = 0; t < c_.K; ++t) {
       const int64_t in_y = top + t * c_.dilation, r = image * c_.H + in_y;
       if (in_y < 0 || in_y >= c_.H) continue;
       if (row.taps == 0) row.first_tap = t;
       row.rows[row.taps++] = r < begin_ ? l_.above.row(p, r) : l_.band.row(0, r);
     }
-    run_(row);
+    (c_.sums && y != first_ ? summed_ : plain_)(row);
+    if (c_.sums && y == first_) l_.moments.begin(row.map, l_.Wo, c_.C, p * P, row.width);
   }
 
   const ExpandCall& x_;
   const DepthwiseCall& c_;
   const Layout<E>& l_;
-  const DepthwiseRowFunction<T> run_;
+  const DepthwiseRowFunction<T> plain_, summed_;
+  int64_t first_ = 0;                       // row of y
   int64_t begin_ = 0, end_ = 0, mine_ = 0;  // the band; e behind `mine_` is another thread's
 };
 
@@ -223,13 +223,12 @@ void run(const Call& call, const Share& share) {
   const Layout<E> l(call, shared, own);
   const ExpandCall& x = call.expand;
   const DepthwiseCall& c = call.depthwise;
-  const T *bias = static_cast<const T*>(x.bias), *pivot = static_cast<const T*>(c.pivot);
+  const T* const bias = static_cast<const T*>(x.bias);
   each_of_mine(l.panels, share, [&](int64_t p) {
     pack_transposed(static_cast<const T*>(x.weight), x.C, l.weight, p);
     copy_padded<T>(bias ? bias + p * P : nullptr, l.weight.channels(p), l.bias + p * P, P);
     pack_taps<T>(static_cast<const T*>(c.weight), c.C, c.K, p * P, l.taps,
                  l.filters + p * l.taps * P, [](int64_t t) { return t; });
-    copy_padded<T>(pivot ? pivot + p * P : nullptr, l.weight.channels(p), l.pivot + p * P, P);
   });
   if (share.thread == 0) {
     l.norm.fill(x.norm_weight, x.norm_bias, nullptr, nullptr);
@@ -242,10 +241,7 @@ void run(const Call& call, const Share& share) {
                    share_of(rows, share.thread + 1, share.threads));
   if (c.sums == nullptr) return;
   team_barrier();
-  each_of_mine(c.C, share, [&](int64_t channel) {
-    c.sums[channel] = total(l.totals + channel, share);
-    c.sums[c.C + channel] = total(l.totals + l.panels * P + channel, share);
-  });
+  l.moments.publish(c.C, c.pivot, c.sums, rows, l.Wo, share);
 }
 
 template <class T, class S>

@@ -9,15 +9,18 @@
 // Limits    none on sizes.
 #include "cpu/blocked.h"
 #include "cpu/launch.h"
+#include "cpu/moments.h"
 #include "cpu/threads.h"
 
 namespace emo_kernels::cpu {
 namespace {
 
-// Each thread's own buffer: the (rows, C) doubles it sums into, rows padded to whole vectors.
+// Each thread's own buffer: the (rows, C) doubles it sums into and what it sums around, rows padded
+// to whole vectors.
 template <class T>
 struct PixelSums {
   double* data;
+  T* pivot;
   int64_t stride, rows;
 
   PixelSums(const PixelsCall& call, Places& own)
@@ -26,6 +29,7 @@ struct PixelSums {
              : call.sums                   ? 2
                                            : 0) {
     data = own.take<double>(rows * stride);
+    pivot = own.take<T>(call.op == PixelsOp::kSums ? stride : 0);
   }
 };
 
@@ -54,9 +58,12 @@ void run_pixels(const PixelsCall& call, const Share& share) {
   Places own{share.own + share.thread * share.own_bytes};
   const PixelSums<T> sums(call, own);
   fill_zero(sums.data, sums.rows * sums.stride);
+  if (call.op == PixelsOp::kSums) {
+    copy_padded<T>(static_cast<const T*>(call.pivot), C, sums.pivot, sums.stride);
+  }
   const S *x = static_cast<const S*>(call.x), *grad = static_cast<const S*>(call.grad);
   const S* const residual = static_cast<const S*>(call.residual);
-  const T *pivot = static_cast<const T*>(call.pivot), *rows = static_cast<const T*>(call.rows);
+  const T* const rows = static_cast<const T*>(call.rows);
   T* const means = static_cast<T*>(call.means);
   S* const out = static_cast<S*>(call.out);
   const T inverse = T(1) / static_cast<T>(call.pixels);
@@ -70,13 +77,7 @@ void run_pixels(const PixelsCall& call, const Share& share) {
           const int64_t here = min(kSumRows, p + count - begin), at = begin * C;
           switch (call.op) {
             case PixelsOp::kSums:
-              sum_rows<T, Sums::kMoments>(here, C, first, second,
-                                          [&](int64_t i, int64_t lane, int64_t left, V& a, V& b)
-                                              __attribute__((always_inline)) {
-                                                V v = load_as<V>(x + at + i * C + lane, left);
-                                                if (pivot) v -= load_as<V>(pivot + lane, left);
-                                                a = b = v;
-                                              });
+              add_moments(x + at, here, C, C, sums.pivot, first, second);
               break;
             case PixelsOp::kBatchNormBackward:
               for (int64_t i = 0; i < here; ++i) {

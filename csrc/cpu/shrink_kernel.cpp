@@ -4,9 +4,11 @@
 // Tiling    up to 224 pixels at a time; panels of expanded channels pass: t of one panel is formed
 //           in the L1 cache and multiplied into all outputs, which stay in the L2 cache.
 // Traffic   reads y, local and residual once, writes out once.
-// Numerics  sums in the type it computes in, panel by panel; the same bits for any split.
+// Numerics  sums in the type it computes in, panel by panel; the same bits for any split. Those for
+//           a batch norm in double, of what was stored, while it is in the cache.
 // Limits    none on sizes.
 #include "cpu/launch.h"
+#include "cpu/moments.h"
 #include "cpu/norm_rows.h"
 #include "cpu/threads.h"
 
@@ -86,24 +88,6 @@ void store_rows(const ShrinkCall& c, const Layout<E>& l, int64_t first, int64_t 
   }
 }
 
-// The sums of what was stored, while it is in the cache.
-template <class T, class S, class E>
-void add_sums(const ShrinkCall& c, const Layout<E>& l, int64_t first, int64_t rows) {
-  using V = Vec<T, kLanesOf<T>>;
-  constexpr int64_t P = kPanel<T>;
-  const S* const out = static_cast<const S*>(c.out) + first * c.O;
-  for (int64_t p = 0; p < l.weight.panels(); ++p) {
-    double* const sums = l.sums + p * P;
-    sum_rows<T, Sums::kMoments>(rows, l.weight.channels(p), sums, sums + l.weight.panels() * P,
-                                [&](int64_t i, int64_t lane, int64_t count, V& a, V& b)
-                                    __attribute__((always_inline)) {
-                                      const V v = load_as<V>(out + i * c.O + p * P + lane, count) -
-                                                  load<V>(l.pivot + p * P + lane);
-                                      a = b = v;
-                                    });
-  }
-}
-
 template <class T, class S>
 void run(const ShrinkCall& call, const Share& share) {
   constexpr int64_t P = kPanel<T>;
@@ -131,7 +115,9 @@ void run(const ShrinkCall& call, const Share& share) {
                 multiply_all(l.t, 0, channels, rows, l.weight, p * P, l.acc, p > 0);
               }
               store_rows<T, S>(call, l, first, rows);
-              if (call.sums) add_sums<T, S>(call, l, first, rows);
+              if (call.sums == nullptr) return;
+              add_moments(static_cast<const S*>(call.out) + first * call.O, rows, call.O, call.O,
+                          l.pivot, l.sums, l.sums + l.weight.panels() * P);
             });
   if (call.sums == nullptr) return;
   team_barrier();
