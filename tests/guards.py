@@ -25,6 +25,9 @@ from torch import Tensor
 from emo_kernels import backends, ops
 
 IMAGE_STRIDE = 2**30 + 8
+# Gradients that torch itself leaves uninitialised on the CPU, for taps that never meet the map: of
+# convolutions in 16 bits and channels_last. A stem of one pixel got -1.6e28 for 0 (torch 2.13.0).
+TORCH_LEAVES = {"conv_norm_act": "weight", "depthwise_conv2d": "weight", "irmb": "dw_weight"}
 NORESERVE = 0x4000  # Linux's; the mmap module names it from Python 3.13 on
 
 
@@ -71,6 +74,9 @@ def pages(operator: str, backend: str, case: Case, label: str) -> None:
         print(label, side, layout, flush=True)
         tensors = {n: _guarded(n, t, layout, side) for n, t in case.tensors.items()}
         got = calls(operator, backend, replace(case, tensors=tensors))
+        of_16_bits = got["out"].element_size() == 2
+        if backend == "reference" and of_16_bits and layout == "channels_last":
+            got.pop(TORCH_LEAVES.get(operator, ""), None)
         assert_same(got, want, backend)
 
 
