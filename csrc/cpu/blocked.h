@@ -97,11 +97,17 @@ struct Doubles {
   D part[kParts];
 
   EMO_INLINE explicit Doubles(Vec<T, kLanesOf<T>> v) {
+#if defined(EMO_ISA_AVX512) || defined(EMO_ISA_AVX2)
+    // Not by way of memory: GCC leaves a sum there that is read there, and additions wait for it.
+    part[0] = __builtin_convertvector(low_half(v), D);
+    part[1] = __builtin_convertvector(high_half(v), D);
+#else
     using H = Vec<T, kLanes>;
     T lanes[kLanesOf<T>];
     store(lanes, v);
     unroll<kParts>(
         EMO_UNROLLED(i) { part[i] = __builtin_convertvector(load<H>(lanes + i * kLanes), D); });
+#endif
   }
   EMO_INLINE void add(const Doubles& a) {
     unroll<kParts>(EMO_UNROLLED(i) { part[i] += a.part[i]; });

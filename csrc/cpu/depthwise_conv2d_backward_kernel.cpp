@@ -113,7 +113,6 @@ class Gradient {
 
  private:
   static constexpr int64_t P = kPanel<T>;
-  using V = Vec<T, kLanesOf<T>>;
 
   void load_dy(int64_t n, int64_t q, int64_t p0, int64_t p1) {
     fill_dy_row<T, S>(c_, l_.dy, q, (n * l_.Ho + q) * l_.Wo, l_.Wo, p0, p1 - p0);
@@ -140,9 +139,7 @@ class Gradient {
 
   void load_x(int64_t n, int64_t r, int64_t p0, int64_t p1) {
     const S* const x = static_cast<const S*>(c_.x);
-    fill_row(l_.x, r, c_.W, (n * c_.H + r) * c_.W, c_.C, p0, p1 - p0,
-             [&](int64_t at, int64_t count, int64_t)
-                 __attribute__((always_inline)) { return load_as<V>(x + at, count); });
+    load_row(l_.x, r, c_.W, (n * c_.H + r) * c_.W, c_.C, p0, p1 - p0, x);
   }
 
   void add_weight_rows(int64_t q, int64_t p, int64_t g) {

@@ -59,16 +59,13 @@ class Convolution {
 
   // Output rows [y0, y1) of image n, panels [p0, p1).
   void rows(int64_t n, int64_t y0, int64_t y1, int64_t p0, int64_t p1) {
-    using V = Vec<T, kLanesOf<T>>;
     const S* const x = static_cast<const S*>(c_.x);
     int64_t loaded = 0;
     for (int64_t y = y0; y < y1; ++y) {
       const int64_t top = y * c_.stride - c_.padding;
       const int64_t end = min(c_.H, top + l_.ring.rows);
       for (int64_t r = max(loaded, max<int64_t>(0, top)); r < end; ++r) {
-        fill_row(l_.ring, r, c_.W, (n * c_.H + r) * c_.W, c_.C, p0, p1 - p0,
-                 [&](int64_t at, int64_t count, int64_t)
-                     __attribute__((always_inline)) { return load_as<V>(x + at, count); });
+        load_row(l_.ring, r, c_.W, (n * c_.H + r) * c_.W, c_.C, p0, p1 - p0, x);
       }
       loaded = max(loaded, end);
       const int64_t next = min(c_.H, end + c_.stride);

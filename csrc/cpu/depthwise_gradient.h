@@ -62,18 +62,18 @@ void fill_dy_row(const DepthwiseBackwardCall& c, const Ring<T>& ring, int64_t q,
   const T* const rows = static_cast<const T*>(c.coefficients);
   const int64_t C = c.C;
   if (rows == nullptr) {
-    fill_row(ring, q, Wo, map_row, C, panel0, panels,
-             [&](int64_t at, int64_t count, int64_t)
-                 __attribute__((always_inline)) { return load_as<V>(grad + at, count); });
+    load_row(ring, q, Wo, map_row, C, panel0, panels, grad);
     return;
   }
   fill_row(ring, q, Wo, map_row, C, panel0, panels,
-           [&](int64_t at, int64_t count, int64_t channel) __attribute__((always_inline)) {
-             const T* const at_channel = rows + channel;
-             const V centred = load_as<V>(y + at, count) - load_as<V>(at_channel + 3 * C, count);
-             return fma(load_as<V>(at_channel, count), load_as<V>(grad + at, count),
-                        fma(load_as<V>(at_channel + C, count), centred,
-                            load_as<V>(at_channel + 2 * C, count)));
+           [&](int64_t channel, int64_t count) __attribute__((always_inline)) {
+             const T* const at = rows + channel;
+             const V c1 = load_as<V>(at, count), c2 = load_as<V>(at + C, count);
+             const V c3 = load_as<V>(at + 2 * C, count), mean = load_as<V>(at + 3 * C, count);
+             return [=](int64_t at) __attribute__((always_inline)) {
+               const V centred = load_as<V>(y + at, count) - mean;
+               return fma(c1, load_as<V>(grad + at, count), fma(c2, centred, c3));
+             };
            });
 }
 

@@ -25,22 +25,36 @@ struct Ring {
   EMO_INLINE T* first(int64_t panel, int64_t y) const { return row(panel, y) + before * kPanel<T>; }
 };
 
-// Brings in a row: f(offset in the map, count, panel, lane) gives the vectors of its pixels.
+// Brings in a row: f(channel, count) gives a function of the offset in the map, which gives the
+// vector of a pixel there.
 template <class T, class F>
 EMO_INLINE void fill_row(const Ring<T>& ring, int64_t y, int64_t W, int64_t map_row, int64_t C,
                          int64_t panel0, int64_t panels, F f) {
   constexpr int64_t P = kPanel<T>;
-  for (int64_t column = 0; column < W; ++column) {
-    for (int64_t g = 0; g < panels; ++g) {
-      T* const to = ring.first(g, y) + column * P;
-      const int64_t channel = (panel0 + g) * P;
-      each_lane_of<T>(min<int64_t>(P, C - channel),
-                      [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
-                        const int64_t at = (map_row + column) * C + channel + lane;
-                        store(to + lane, f(at, count, channel + lane));
-                      });
-    }
+  for (int64_t g = 0; g < panels; ++g) {
+    T* const to = ring.first(g, y);
+    const int64_t channel = (panel0 + g) * P;
+    each_lane_of<T>(min<int64_t>(P, C - channel),
+                    [&](int64_t lane, int64_t count) __attribute__((always_inline)) {
+                      const auto vector_at = f(channel + lane, count);
+                      const int64_t begin = map_row * C + channel + lane;
+                      for (int64_t column = 0; column < W; ++column) {
+                        store(to + column * P + lane, vector_at(begin + column * C));
+                      }
+                    });
   }
+}
+
+// Brings in a row as it is.
+template <class T, class S>
+EMO_INLINE void load_row(const Ring<T>& ring, int64_t y, int64_t W, int64_t map_row, int64_t C,
+                         int64_t panel0, int64_t panels, const S* map) {
+  using V = Vec<T, kLanesOf<T>>;
+  fill_row(ring, y, W, map_row, C, panel0, panels,
+           [=](int64_t, int64_t count) __attribute__((always_inline)) {
+             return [=](int64_t at)
+                        __attribute__((always_inline)) { return load_as<V>(map + at, count); };
+           });
 }
 
 // One output row of one panel, written into a dense map.

@@ -60,9 +60,13 @@ EMO_INLINE V splat(T value) {
   return value - V{};
 }
 
-// The lower half of the lanes: the same register, read at half width.
+// The lower half of the lanes: the same register, read at half width; and the upper one.
 #if defined(EMO_ISA_AVX512)
 EMO_INLINE __m256 low_half(__m512 v) { return _mm512_castps512_ps256(v); }
+EMO_INLINE __m256 high_half(__m512 v) { return _mm512_extractf32x8_ps(v, 1); }
+#elif defined(EMO_ISA_AVX2)
+EMO_INLINE __m128 low_half(__m256 v) { return _mm256_castps256_ps128(v); }
+EMO_INLINE __m128 high_half(__m256 v) { return _mm256_extractf128_ps(v, 1); }
 #endif
 
 // One rounding where the instruction set has FMA (the build contracts), two where it has not.
