@@ -36,7 +36,7 @@ from test_irmb_training import refusal as refusal_of_step
 from emo_kernels import _C, ops, reference
 
 ISAS = _C.available_isas()
-ENOUGH_NUMBERS = 32  # of each gradient of a step, over the draws that are judged as one
+ENOUGH_NUMBERS = 64  # of each gradient, over the draws that are judged as one
 WIDTHS = st.one_of(st.sampled_from([15, 16, 17, 31, 33, 47, 48, 49, 96, 97]), st.integers(4, 110))
 
 
@@ -92,14 +92,16 @@ def one_operator(operator: str) -> Callable[[Any], None]:
         row = data.draw(wide_rows(operator), label="row")
         layouts = data.draw(random_layouts(), label="layouts")
         isa, dtype, threads = draw_how(data)
-        draws = 1 if dtype == torch.float64 else draws_of(row)
-        cases = [CASES[operator](row, seed=seed) for seed in range(draws)]
-        case = cases[0]
+        case = CASES[operator](row)
         assume(refusal(operator, "cpu", case, dtype) is None)
         # Results of few numbers are judged over several draws, by the named rows of each operator.
         exact = dtype == torch.float64
         assume(exact or pixels(row) * min(row.c, row.m, row.o) >= 64)
         gradients = operator != "irmb" and has_fair_gradients(row, case, dtype)
+        draws = 1 if exact else draws_of(row)
+        if gradients and not exact:
+            draws = max(draws, -(-ENOUGH_NUMBERS // fewest_numbers(case)))
+        cases = [CASES[operator](row, seed=seed) for seed in range(draws)]
         kernel = function(operator, getattr(ops, operator), backend="cpu")
         yardstick = function(operator, getattr(reference, operator))
         with running_with(isa, threads), or_other_data():
