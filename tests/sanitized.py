@@ -33,6 +33,8 @@ SHARE = (
     "test_expand_depthwise.py",
     "test_large_maps.py",
     "test_tapes.py",
+    "test_window_attention_maps.py",
+    "test_batch_statistics.py",
 )
 LARGE = ("5m_", "1m_stage1", "1m_stage2", "wide_", "v2_")  # rows whose small kin are in the share
 
