@@ -50,7 +50,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = grid.combinations(operator, test_grid, lists)
         metafunc.parametrize(("backend", "row", "dtype"), list(cases))
     else:
-        slow = getattr(metafunc.function, "reference_is_slow", False)
-        marks = {"reference": [pytest.mark.slow] if slow else []}
+        slow = getattr(metafunc.function, "slow_with", ())
         names = grid.implementing(operator)
-        metafunc.parametrize("backend", [pytest.param(n, marks=marks.get(n, [])) for n in names])
+        metafunc.parametrize(
+            "backend",
+            [pytest.param(n, marks=[pytest.mark.slow] if n in slow else []) for n in names],
+        )

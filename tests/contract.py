@@ -26,9 +26,9 @@ from grid import (
     device_of,
     on_device_of,
     over,
-    reference_is_slow,
     refusal_of_row,
     slow_motion,
+    slow_with,
     work,
 )
 from numerics import (
@@ -215,7 +215,7 @@ class OperatorContract:
     @pytest.mark.parametrize(
         "mode", ["pages", "far", pytest.param("pages of all rows", marks=pytest.mark.slow)]
     )
-    @reference_is_slow
+    @slow_with("reference")
     def test_addresses_stay_inside(self, backend: str, mode: str) -> None:
         """Not one byte outside any tensor is read, and offsets pass 2^31: in a process to spare."""
         if device_of(backend) != "cpu":

@@ -71,10 +71,14 @@ def over(
     return mark
 
 
-def reference_is_slow(test: _Test) -> _Test:
-    """Run a test that costs a process on the kernels, and on the reference with the slow tests."""
-    test.reference_is_slow = True
-    return test
+def slow_with(*names: str) -> Callable[[_Test], _Test]:
+    """Run a test that costs a process with these backends among the slow ones."""
+
+    def mark(test: _Test) -> _Test:
+        test.slow_with = names
+        return test
+
+    return mark
 
 
 def device_of(backend: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from block_kinds import relative
-from grid import device_of
+from grid import device_of, slow_with
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from training_step import (  # noqa: F401  (the fixtures)
@@ -80,6 +80,7 @@ class _Named(nn.Module):
         return self.block[0].named_buffers(*args, **kwargs)
 
 
+@slow_with("triton")
 def test_saved_bytes_of_emo_5m(backend: str) -> None:
     """At batch 256 in bf16, by count: 5.3 GB at most for the whole model; eager keeps 12.3."""
     model = ek.create_model("emo_5m").train()

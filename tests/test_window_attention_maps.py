@@ -22,6 +22,7 @@ from emo_kernels.ops.irmb_step import spread
 BACKENDS = [n for n in implementing("window_attention_with_maps") if n != "reference"]
 # The cpu kernels have no grouped expansion.
 ROWS = [row for row in shapes.attention_rows() if row.qk_proj and not row.grouped_v]
+FEW = shapes.rows("ragged_c21", "below_window", "both_windows", "5m_stage3")
 TENSORS = ("x", "qk_weight", "qk_bias", "v_weight", "v_bias", "norm_weight", "norm_bias")
 
 
@@ -64,8 +65,15 @@ def hold(backend: str, row: Row, dtype: str) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    [
+        pytest.param(row, dtype, marks=[] if dtype == "fp32" or row in FEW else [pytest.mark.slow])
+        for row in ROWS
+        for dtype in ("fp32", "bf16", "fp64")
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_result_and_gradients(backend: str, row: Row, dtype: str) -> None:
     hold(backend, row, dtype)
