@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kSumRows = 32;  // pixels whose channels are summed vector by vector
 constexpr int64_t kSumTerms = 8;  // of them in the type of the terms, before those sums are widened
-enum class Sums { kGradients, kMoments };  // moments: around a pivot that may be far off
+enum class Sums { kGradients, kMoments };  // moments: every term in double
 
 // Pixels whose products are added in one go: fewer of a narrow map, where the time is elsewhere.
 template <class Shape>
